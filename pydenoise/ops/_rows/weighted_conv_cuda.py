@@ -1,0 +1,3 @@
+"""CUDA C++ rows of weighted convolution."""
+
+ROWS = ()

@@ -1,0 +1,3 @@
+"""Triton rows of weighted convolution."""
+
+ROWS = ()

@@ -1,0 +1,386 @@
+"""Weighted convolution: argument checks, the torch op with its fake kernel and autograd, and the backend rows.
+
+``y = act(conv(x, W * density) + b) + residual`` in 1, 2 or 3 spatial dimensions. Source: Cammarasana and Patane,
+"Optimal Weighted Convolution for Classification and Denoising" (2025).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+from pydenoise.ops import registry
+from pydenoise.ops._arguments import check_choice, check_tensor, int_tuple
+from pydenoise.ops.registry import Backend
+from pydenoise.reference import weighted_conv as reference
+
+OP = "weighted_conv"
+OP_BACKWARD = "weighted_conv_backward"
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+ALGORITHMS = ("auto", "direct")
+
+_library = torch.library.Library("pydenoise", "FRAGMENT")
+_library.define(
+    "weighted_conv(Tensor input, Tensor weight, Tensor? density, Tensor? bias, Tensor? residual, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, str algorithm, str backend) -> Tensor"
+)
+_library.define(
+    "weighted_conv_backward(Tensor grad, Tensor input, Tensor weight, Tensor? density, SymInt[] stride, SymInt[] padding, "
+    "SymInt[] dilation, SymInt groups, str algorithm, bool[] mask, str backend) -> (Tensor, Tensor, Tensor)"
+)
+
+
+# ---------------------------------------------------------------------------------------------- public functions
+
+
+def weighted_conv1d(
+    input: Tensor,
+    weight: Tensor,
+    density: Tensor | None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """1-D weighted convolution over ``input`` [N, C_in, L]; see :func:`weighted_conv2d` for every argument."""
+    return _weighted_conv(
+        1, input, weight, density, bias, stride, padding, dilation, groups, activation, residual, backend
+    )
+
+
+def weighted_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    density: Tensor | None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """``activation(conv2d(input, weight * density) + bias) + residual`` without writing ``weight * density`` to memory.
+
+    Args:
+        input: [N, C_in, H, W] (or [C_in, H, W]), any strides; float32, bfloat16, float16 or float64. N may be 0.
+        weight: [C_out, C_in / groups, K_h, K_w], dtype and device of ``input``.
+        density: [K_h, K_w], finite, dtype and device of ``input``; ``None`` is a density of ones. Finiteness is checked
+            here for CPU tensors outside ``torch.compile`` (a check on a GPU would have to wait for it).
+        bias: [C_out] or ``None``.
+        stride, dilation: positive ints. padding: non-negative ints, ``"valid"``, or ``"same"`` (stride 1 only).
+        groups: divides C_in and C_out.
+        activation: "none", "relu", "silu", "gelu" (exact) or "gelu_tanh", applied before the residual is added.
+        residual: a tensor of the output's shape, dtype and device, or ``None``.
+        backend: "auto" or one of "cpu", "triton", "cuda", "reference"; see :func:`pydenoise.explain`.
+
+    Returns:
+        [N, C_out, H_out, W_out] of ``input``'s dtype, in channels_last memory on the compiled backends. Differentiable
+        in input, weight, density, bias and residual. Under autocast, floating arguments are cast as for ``conv2d``.
+
+    Raises:
+        TypeError, ValueError: a bad argument; the message names it. BackendUnavailable: ``backend`` cannot run this call.
+
+    The Winograd algorithm (3x3, stride 1; relative error up to 2e-5 in float32) is used only when
+    ``torch.get_float32_matmul_precision()`` is not "highest".
+
+    Source: Cammarasana and Patane (2025), eq. 3.
+    """
+    return _weighted_conv(
+        2, input, weight, density, bias, stride, padding, dilation, groups, activation, residual, backend
+    )
+
+
+def weighted_conv3d(
+    input: Tensor,
+    weight: Tensor,
+    density: Tensor | None,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | str | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """3-D weighted convolution over ``input`` [N, C_in, D, H, W]; see :func:`weighted_conv2d` for every argument."""
+    return _weighted_conv(
+        3, input, weight, density, bias, stride, padding, dilation, groups, activation, residual, backend
+    )
+
+
+def _weighted_conv(
+    dims, input, weight, density, bias, stride, padding, dilation, groups, activation, residual, backend
+):
+    check_tensor("input", input)
+    batched = input.dim() == dims + 2
+    if not batched and input.dim() == dims + 1:
+        residual = residual if residual is None else residual.unsqueeze(0)
+        arguments = (weight, density, bias, stride, padding, dilation, groups, activation, residual, backend)
+        return _weighted_conv(dims, input.unsqueeze(0), *arguments).squeeze(0)
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, density, bias, residual = _autocast(input, weight, density, bias, residual)
+    args = prepare(dims, input, weight, density, bias, residual, stride, padding, dilation, groups, activation)
+    if torch.compiler.is_compiling() or type(input) not in _PLAIN_TENSORS:
+        return _through_dispatcher(args, backend)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+        return _through_dispatcher(args, backend)
+    return registry.select(OP, backend, args).run(*args)
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _through_dispatcher(args: tuple, backend: str) -> Tensor:
+    """Call the torch op. With gradients, the activation is a torch op of its own: its backward needs what it saw."""
+    *head, activation, algorithm = args
+    if activation != "none" and torch.is_grad_enabled():
+        residual, head[4] = head[4], None
+        y = reference.activate(
+            torch.ops.pydenoise.weighted_conv(*head, "none", algorithm, backend), activation
+        )
+        return y if residual is None else y + residual
+    return torch.ops.pydenoise.weighted_conv(*head, activation, algorithm, backend)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    device = tensors[0].device.type
+    dtype = torch.get_autocast_dtype(device)
+    castable = (torch.float32, torch.float16, torch.bfloat16)
+    return [t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors]
+
+
+# ------------------------------------------------------------------------------------------------ argument checks
+
+
+def prepare(
+    dims: int,
+    input: Tensor,
+    weight: Tensor,
+    density: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int | Sequence[int],
+    padding: int | str | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+    activation: str,
+) -> tuple:
+    """Check everything and return the positional arguments of the backend rows.
+
+    (input, weight, density, bias, residual, stride, padding as (low, high) per axis, dilation, groups, activation,
+    algorithm), with tuples of ints.
+    """
+    _check_shapes(dims, input, weight, density, bias, groups)
+    stride = int_tuple("stride", stride, dims, minimum=1)
+    dilation = int_tuple("dilation", dilation, dims, minimum=1)
+    padding = explicit_padding(padding, weight.shape[2:], stride, dilation)
+    check_choice("activation", activation, ACTIVATIONS)
+    size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
+    if residual is not None:
+        check_tensor("residual", residual, like=input)
+        shape = (input.shape[0], weight.shape[0], *size)
+        if tuple(residual.shape) != shape:
+            raise ValueError(
+                f"residual: expected the output's shape {shape}, got {tuple(residual.shape)}"
+            )
+    algorithm = "direct" if torch.get_float32_matmul_precision() == "highest" else "auto"
+    return input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm
+
+
+def _check_shapes(dims, input, weight, density, bias, groups) -> None:
+    if not input.is_floating_point():
+        raise TypeError(f"input: expected a floating-point tensor, got {input.dtype}")
+    if input.dim() != dims + 2:
+        raise ValueError(
+            f"input: expected {dims + 2} dimensions [N, C, {'spatial, ' * dims}] (or one less, without N), "
+            f"got shape {tuple(input.shape)}"
+        )
+    check_tensor("weight", weight, like=input)
+    if weight.dim() != dims + 2 or 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected a non-empty [C_out, C_in / groups, *kernel] with {dims} kernel axes, got shape {tuple(weight.shape)}"
+        )
+    if not isinstance(groups, int) or isinstance(groups, bool):
+        raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(f"groups: expected a positive divisor of C_out = {weight.shape[0]}, got {groups}")
+    if input.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"input: expected {weight.shape[1] * groups} channels (weight {tuple(weight.shape)} with groups={groups}), "
+            f"got {input.shape[1]} in shape {tuple(input.shape)}"
+        )
+    if density is not None:
+        check_tensor("density", density, like=input)
+        if density.shape != weight.shape[2:]:
+            raise ValueError(
+                f"density: expected the kernel's shape {tuple(weight.shape[2:])}, got {tuple(density.shape)}"
+            )
+        if not torch.compiler.is_compiling() and density.device.type == "cpu" and type(density) in _PLAIN_TENSORS:
+            check_finite_density(density)
+    if bias is not None:
+        check_tensor("bias", bias, like=input)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def check_finite_density(density: Tensor) -> None:
+    """Raise ``ValueError`` if any entry of ``density`` is NaN or infinite (waits for the device that holds it)."""
+    if not torch.isfinite(density.detach()).all():
+        raise ValueError("density: every entry must be finite, got NaN or infinity")
+
+
+def explicit_padding(
+    padding: int | str | Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, ...]:
+    """Padding as (low, high) per axis, outermost axis first. "same" puts the odd element at the high end, as torch does."""
+    dims = len(kernel)
+    if isinstance(padding, str):
+        if padding == "valid":
+            return (0,) * (2 * dims)
+        if padding != "same":
+            raise ValueError(f"padding: expected ints, 'same' or 'valid', got {padding!r}")
+        if any(s != 1 for s in stride):
+            raise ValueError(f"padding: 'same' needs stride 1, got stride {tuple(stride)}")
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple(extent for total in totals for extent in (total // 2, total - total // 2))
+    if isinstance(padding, Sequence) and len(padding) == 2 * dims and dims > 1:
+        raise ValueError(f"padding: expected {dims} ints (the same at both ends of an axis), got {tuple(padding)}")
+    return tuple(p for pad in int_tuple("padding", padding, dims, minimum=0) for p in (pad, pad))
+
+
+def output_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Spatial size of the output; raises ``ValueError`` where the kernel does not fit the padded input."""
+    result = []
+    for axis, (extent, k, s, d) in enumerate(zip(size, kernel, stride, dilation, strict=True)):
+        padded = extent + padding[2 * axis] + padding[2 * axis + 1]
+        span = d * (k - 1) + 1
+        if padded < span:
+            raise ValueError(
+                f"input: the kernel spans {span} along spatial axis {axis}, but the padded input has only {padded} "
+                f"(size {tuple(size)}, kernel {tuple(kernel)}, dilation {tuple(dilation)})"
+            )
+        result.append((padded - span) // s + 1)
+    return tuple(result)
+
+
+# ---------------------------------------------------------------------------- torch op: kernel, fake kernel, autograd
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The channels_last format for ``tensor``'s rank (contiguous for [N, C, L])."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
+
+
+@torch.library.impl(_library, "weighted_conv", "CompositeExplicitAutograd")
+def _run(*args):
+    *args, backend = args
+    return registry.select(OP, backend, tuple(args)).run(*args)
+
+
+@torch.library.impl(_library, "weighted_conv_backward", "CompositeExplicitAutograd")
+def _run_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask, backend):
+    args = (grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask)
+    grads = registry.select(OP_BACKWARD, backend, args).run(*args)
+    return tuple(grad.new_empty(0) if g is None else g for g in grads)
+
+
+@torch.library.register_fake("pydenoise::weighted_conv", lib=_library)
+def _fake(input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm, backend):
+    size = [
+        (n + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+        for i, n in enumerate(input.shape[2:])
+    ]
+    shape = (input.shape[0], weight.shape[0], *size)
+    return input.new_empty(shape).contiguous(memory_format=memory_format(input))
+
+
+@torch.library.register_fake("pydenoise::weighted_conv_backward", lib=_library)
+def _fake_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask, backend):
+    empty = grad.new_empty(0)
+    dx = torch.empty_like(input, memory_format=memory_format(input)) if mask[0] else empty
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if mask[1] else empty
+    ddensity = torch.empty_like(density) if mask[2] and density is not None else empty
+    return dx, dweight, ddensity
+
+
+def _setup_context(ctx, inputs, output):
+    input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm, backend = inputs
+    if activation != "none":
+        raise RuntimeError("weighted_conv: gradients are defined for activation='none'; call pydenoise.functional instead")
+    ctx.save_for_backward(input, weight, density)
+    ctx.geometry = (stride, padding, dilation, groups)
+    ctx.algorithm, ctx.backend = algorithm, backend
+    ctx.has_bias, ctx.has_residual = bias is not None, residual is not None
+
+
+def _backward(ctx, grad):
+    input, weight, density = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    mask = [need[0], need[1], need[2] and density is not None]
+    if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted, and the reference is differentiable
+        grads = reference.weighted_conv_backward(grad, input, weight, density, *ctx.geometry, mask)
+    else:
+        grads = torch.ops.pydenoise.weighted_conv_backward(
+            grad, input, weight, density, *ctx.geometry, ctx.algorithm, mask, ctx.backend
+        )
+    dx, dweight, ddensity = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
+    axes = [0, *range(2, grad.dim())]
+    dbias = grad.sum(axes) if ctx.has_bias and need[3] else None
+    dresidual = grad if ctx.has_residual and need[4] else None
+    return dx, dweight, ddensity, dbias, dresidual, None, None, None, None, None, None, None
+
+
+torch.library.register_autograd(
+    "pydenoise::weighted_conv", _backward, setup_context=_setup_context, lib=_library
+)
+
+
+# --------------------------------------------------------------------------------------------------- backend rows
+# Positional arguments of every row, in the order that `prepare` returns them.
+
+
+def _reference_run(input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm):
+    y = reference.weighted_conv(
+        input, weight, density, bias, residual, stride, padding, dilation, groups, activation
+    )
+    return y.contiguous(memory_format=memory_format(input))
+
+
+def _reference_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask):
+    dx, dweight, ddensity = reference.weighted_conv_backward(
+        grad, input, weight, density, stride, padding, dilation, groups, mask
+    )
+    if dx is not None:
+        dx = dx.contiguous(memory_format=memory_format(input))
+    return dx, (None if dweight is None else dweight.contiguous()), ddensity
+
+
+def _never(*args) -> None:
+    return None
+
+
+registry.register(Backend(OP, "reference", 0, _never, _reference_run, "the fallback: always last"))
+registry.register(Backend(OP_BACKWARD, "reference", 0, _never, _reference_backward, "the fallback: always last"))
+
+from pydenoise.ops._rows import weighted_conv_cpu, weighted_conv_cuda, weighted_conv_triton  # noqa: E402
+
+for _module in (weighted_conv_cpu, weighted_conv_triton, weighted_conv_cuda):
+    for _row in _module.ROWS:
+        registry.register(_row)
