@@ -58,6 +58,7 @@ struct Algorithm {
     int64_t (*items)(const ConvParams& p);
     int64_t (*scratch_bytes)(const ConvParams& p);  // per thread
     void (*run)(const ConvParams& p, int64_t begin, int64_t end, void* scratch);
+    bool approximate = false;  // trades accuracy for speed (Winograd): used only where the caller allows it
 };
 
 // The weight gradient: G[o, c, k] = sum over pixels of dy[pixel, o] * x[pixel at tap k, c], then
@@ -76,19 +77,27 @@ struct GradWeightParams {
     void* density_grad;   // [kernel], or null if not wanted
 };
 
-// What one ISA level offers.
+// One way to compute the weight gradient at one ISA level (float32). Pixels are split into chunks by the problem alone,
+// never by the number of threads; each chunk owns partial_floats of accumulators. `run` fills them, in any split of its
+// items; `finish` adds the chunks in order and writes weight_grad, and one row of kernel-many sums per finish item from
+// which the dispatcher adds up density_grad.
+struct GradAlgorithm {
+    const char* name;
+    const char* (*unsupported)(const GradWeightParams& p);
+    int64_t (*partial_floats)(const GradWeightParams& p);  // of all chunks together
+    int64_t (*items)(const GradWeightParams& p);
+    void (*run)(const GradWeightParams& p, float* partials, int64_t begin, int64_t end);
+    int64_t (*finish_items)(const GradWeightParams& p);
+    void (*finish)(const GradWeightParams& p, const float* partials, double* density_rows, int64_t begin, int64_t end);
+};
+
+// What one ISA level offers, each list in order of preference.
 struct KernelSet {
-    int width;                    // floats per vector
-    const Algorithm* algorithms;  // in order of preference
-    int count;
-    // Weight gradient: pixels are split into `chunks`, by the problem alone, each with its own float32 partial of
-    // partial_floats; tasks of one chunk are independent, and `finish` adds the partials in order.
-    int64_t (*grad_weight_chunks)(const GradWeightParams& p);
-    int64_t (*grad_weight_partial_floats)(const GradWeightParams& p);
-    int64_t (*grad_weight_scratch_bytes)(const GradWeightParams& p);
-    void (*grad_weight_run)(const GradWeightParams& p, float* partials, int64_t begin, int64_t end, void* scratch);
-    int64_t (*grad_weight_finish_items)(const GradWeightParams& p);
-    void (*grad_weight_finish)(const GradWeightParams& p, const float* partials, int64_t begin, int64_t end);
+    int width;  // floats per vector
+    const Algorithm* algorithms;
+    int algorithm_count;
+    const GradAlgorithm* grad_algorithms;
+    int grad_algorithm_count;
 };
 
 }  // namespace weighted_conv

@@ -384,3 +384,41 @@ from pydenoise.ops._rows import weighted_conv_cpu, weighted_conv_cuda, weighted_
 for _module in (weighted_conv_cpu, weighted_conv_triton, weighted_conv_cuda):
     for _row in _module.ROWS:
         registry.register(_row)
+
+PackedWeight = weighted_conv_cpu.PackedWeight
+pack = weighted_conv_cpu.pack
+
+
+def weighted_conv_packed(
+    input: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Sequence[int],
+    activation: str,
+) -> Tensor:
+    """Run a convolution whose weight was packed once: the inference path of the modules. Not differentiable.
+
+    Args:
+        input: [N, C_in, *spatial] on the CPU, of the packed weight's dtype.
+        packed: from :func:`pack`.
+        bias: [C_out] or ``None``. residual: of the output's shape, or ``None``; both of ``input``'s dtype.
+        padding: (low, high) per axis, outermost axis first: see :func:`explicit_padding`.
+        activation: one of ``ACTIVATIONS``.
+
+    Raises:
+        TypeError, ValueError: ``input`` does not fit the packed weight, or ``residual`` does not fit the output.
+    """
+    if input.dtype != packed.dtype or (residual is not None and residual.dtype != packed.dtype):
+        raise TypeError(f"input, residual: expected dtype {packed.dtype} (that of the packed weight), got {input.dtype}")
+    if input.dim() != len(packed.stride) + 2 or input.shape[1] != packed.in_channels:
+        raise ValueError(
+            f"input: expected [N, {packed.in_channels}, {'spatial, ' * len(packed.stride)}], got shape {tuple(input.shape)}"
+        )
+    size = output_size(input.shape[2:], packed.kernel_size, packed.stride, padding, packed.dilation)
+    if residual is not None and residual.shape != (input.shape[0], packed.out_channels, *size):
+        raise ValueError(
+            f"residual: expected the output's shape {(input.shape[0], packed.out_channels, *size)}, "
+            f"got {tuple(residual.shape)}"
+        )
+    return weighted_conv_cpu.run_packed(input, packed, bias, residual, padding, activation)

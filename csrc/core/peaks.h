@@ -1,0 +1,10 @@
+// Machine peaks, measured: what the fraction of the floor in the benches is a fraction of.
+#pragma once
+
+namespace pdn {
+
+// Operations (or bytes) per second over `threads` threads, the best burst within `seconds`. Negative if `what` is none
+// of "fma_f32", "bf16_dot", "read", "copy", "write".
+double measure_peak(const char* what, double seconds, int threads);
+
+}  // namespace pdn

@@ -1,0 +1,13 @@
+// Register-only bursts of arithmetic, one set per ISA level (compiled from peaks_isa.cpp).
+#pragma once
+
+#include <cstdint>
+
+namespace pdn {
+
+struct Bursts {
+    double (*fma_f32)(int64_t rounds);   // -> operations done
+    double (*bf16_dot)(int64_t rounds);  // null where there is none
+};
+
+}  // namespace pdn

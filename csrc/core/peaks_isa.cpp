@@ -1,0 +1,55 @@
+// Compiled once per ISA level.
+#include "peaks_burst.h"
+#include "vec.h"
+
+#define PDN_JOIN2(a, b) a##b
+#define PDN_JOIN(a, b) PDN_JOIN2(a, b)
+
+namespace pdn {
+namespace {
+
+constexpr int kChains = 12;  // enough independent sums to hide the latency of a multiply-add
+volatile float sink;
+
+double burst_fma(int64_t rounds) {
+    vf acc[kChains];
+    for (int i = 0; i < kChains; ++i) acc[i] = splat(1.f);
+    vf x = splat(0.5f);
+    for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) acc[i] = acc[i] * x + x;
+#if defined(__x86_64__)
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) asm volatile("" : "+v"(acc[i]));
+#endif
+    }
+    for (int i = 0; i < kChains; ++i) sink = acc[i][0];
+    return 2.0 * kWidth * kChains * static_cast<double>(rounds);
+}
+
+#if defined(__AVX512BF16__)
+double burst_bf16(int64_t rounds) {
+    vf acc[kChains];
+    for (int i = 0; i < kChains; ++i) acc[i] = vf{};
+    vf x = (vf)_mm512_set1_epi32(0x3f803f80);
+    for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i) asm volatile("vdpbf16ps %1, %1, %0" : "+v"(acc[i]) : "v"(x));
+    }
+    for (int i = 0; i < kChains; ++i) sink = acc[i][0];
+    return 4.0 * kWidth * kChains * static_cast<double>(rounds);
+}
+#endif
+
+}  // namespace
+
+extern const Bursts PDN_JOIN(bursts_, PDN_ISA);
+const Bursts PDN_JOIN(bursts_, PDN_ISA) = {burst_fma,
+#if defined(__AVX512BF16__)
+                                           burst_bf16
+#else
+                                           nullptr
+#endif
+};
+
+}  // namespace pdn

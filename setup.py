@@ -1,0 +1,115 @@
+"""Build of the compiled libraries: ``pydenoise._C`` (CPU kernels and bindings) and, where nvcc is found, ``_cuda``.
+
+Each kernel source is compiled once per ISA level, with the flags of the table below; the processor of the machine that
+builds does not matter. torch is not imported: only its headers are needed.
+"""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+# Adding an ISA level: a row here, one in csrc/core/isa.{h,cpp}, one in each dispatch.cpp.
+AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+ISA_FLAGS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS |= {
+        "avx2": ["-mavx2", "-mfma"],
+        "avx512": AVX512,
+        "avx512bf16": [*AVX512, "-mavx512bf16"],
+    }
+
+PER_ISA_SOURCES = ["csrc/weighted_conv/cpu.cpp", "csrc/core/peaks_isa.cpp"]
+SOURCES = [
+    "csrc/core/isa.cpp",
+    "csrc/core/threads.cpp",
+    "csrc/core/peaks.cpp",
+    "csrc/weighted_conv/dispatch.cpp",
+    "csrc/bindings/weighted_conv.cpp",
+    "csrc/bindings/module.cpp",
+]
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# GCC 12 reports the undefined operands of its own AVX-512 intrinsics as uninitialised.
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+
+
+def torch_directory() -> Path:
+    """Where torch is installed, found without importing it."""
+    candidates = [os.environ.get("PYDENOISE_TORCH_DIR")]
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin:
+        candidates.append(str(Path(spec.origin).parent))
+    candidates.append(str(Path(sysconfig.get_path("platlib")) / "torch"))
+    for candidate in candidates:
+        if candidate and (Path(candidate) / "include" / "torch" / "csrc" / "stable").is_dir():
+            return Path(candidate)
+    raise SystemExit(
+        "pydenoise: torch >= 2.10 must be installed before pydenoise is built. Run `pip install 'torch>=2.10'` first, "
+        "then this command again, or set PYDENOISE_TORCH_DIR to torch's package folder."
+    )
+
+
+class BuildKernels(build_ext):
+    """Compile every source, the kernels once per ISA level, on all cores; link one shared library."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        torch = torch_directory()
+        objects = Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
+        objects.mkdir(parents=True, exist_ok=True)
+        sanitize = SANITIZE if os.environ.get("PYDENOISE_SANITIZE") else []
+        compiler = os.environ.get("CXX", "g++")
+        includes = [
+            f"-I{pybind11.get_include()}",
+            f"-I{sysconfig.get_path('include')}",
+            f"-isystem{torch / 'include'}",
+            f"-isystem{torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
+        ]
+        jobs = []
+        for source in PER_ISA_SOURCES:
+            for isa, flags in ISA_FLAGS.items():
+                target = objects / f"{source.replace('/', '_')}.{isa}.o"
+                jobs.append((target, [*FLAGS, *KERNEL_FLAGS, *flags, *sanitize, f"-DPDN_ISA={isa}", source]))
+        for source in SOURCES:
+            target = objects / f"{source.replace('/', '_')}.o"
+            info = f'-DPDN_BUILD_FLAGS="{" ".join([*FLAGS, *KERNEL_FLAGS, *sanitize])}"'
+            jobs.append((target, [*FLAGS, *sanitize, TORCH_TARGET, info, *includes, source]))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            commands = [[compiler, *arguments, "-c", "-o", str(target)] for target, arguments in jobs]
+            list(pool.map(self._run, commands))
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        link = [compiler, "-shared", *sanitize, *(str(target) for target, _ in jobs), "-o", str(library)]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-pthread"]
+        self._run([*link, *libraries])
+
+    @staticmethod
+    def _run(command: list[str]) -> None:
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise SystemExit(
+                f"pydenoise: the C++ compiler {command[0]!r} was not found. Install g++ 11 or later (Debian, Ubuntu: "
+                "`apt-get install g++`), or name another one in the environment variable CXX."
+            ) from None
+        if done.returncode != 0:
+            raise SystemExit(f"pydenoise: this command failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+        if done.stderr:
+            print(done.stderr)
+
+
+setup(
+    ext_modules=[Extension("pydenoise._C", sources=[*PER_ISA_SOURCES, *SOURCES])],
+    cmdclass={"build_ext": BuildKernels},
+)
