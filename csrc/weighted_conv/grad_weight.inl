@@ -1,5 +1,5 @@
 // The weight gradient in float32: outer products of input and output-gradient pixels. A tile of kTile input channels
-// times kBlock vectors of output channels stays in registers while the pixels of a row stream through it.
+// times kBlock vectors of output channels stays in registers while the pixels of a few rows stream through it.
 #pragma once
 
 #include "kernel.inl"
@@ -8,12 +8,16 @@ namespace pdn {
 namespace weighted_conv {
 namespace {
 
-// Work of one register tile: `pixels` steps of acc[m][j] += x[m] * dy[j].
+constexpr int kRowsAtOnce = 32;           // rows a tile may stream before its accumulators go back to memory
+constexpr int64_t kPixelsAtOnce = 128;    // pixels that pay for that
+
+// Work of one register tile: `pixels` steps of acc[m][j] += x[m] * dy[j] in each of the rows.
 struct OuterTask {
-    const float* x;
-    int64_t x_step;
-    const float* dy;
-    int64_t dy_step;
+    const float* const* x_rows;
+    const float* const* dy_rows;
+    int rows;
+    int64_t x_offset, dy_offset;
+    int64_t x_step, dy_step;
     int64_t pixels;
     float* acc;  // rows of `width` floats
     int width, lanes;
@@ -25,19 +29,21 @@ void outer_tile(const OuterTask& t) {
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
         for (int j = 0; j < N; ++j) acc[m][j] = load(t.acc + m * t.width + j * kWidth);
-    const float *x = t.x, *dy = t.dy;
     const int tail = t.lanes - (N - 1) * kWidth;
-    for (int64_t k = 0; k < t.pixels; ++k) {
-        vf b[N];
-        for (int j = 0; j < N; ++j)
-            b[j] = Partial && j == N - 1 ? load_partial(dy + j * kWidth, tail) : load(dy + j * kWidth);
+    for (int row = 0; row < t.rows; ++row) {
+        const float *x = t.x_rows[row] + t.x_offset, *dy = t.dy_rows[row] + t.dy_offset;
+        for (int64_t k = 0; k < t.pixels; ++k) {
+            vf b[N];
+            for (int j = 0; j < N; ++j)
+                b[j] = Partial && j == N - 1 ? load_partial(dy + j * kWidth, tail) : load(dy + j * kWidth);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) {
-            const vf a = splat(x[m]);
-            for (int j = 0; j < N; ++j) acc[m][j] += a * b[j];
+            for (int m = 0; m < M; ++m) {
+                const vf a = splat(x[m]);
+                for (int j = 0; j < N; ++j) acc[m][j] += a * b[j];
+            }
+            x += t.x_step;
+            dy += t.dy_step;
         }
-        x += t.x_step;
-        dy += t.dy_step;
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
@@ -121,25 +127,23 @@ PDN_INLINE void valid_range(const Axis& a, int64_t t, int64_t* low, int64_t* hig
     *high = min64(a.out_size, at >= a.in_size ? 0 : (a.in_size - 1 - at) / a.step + 1);
 }
 
-void grad_row(const GradWeightParams& p, const float* x_row, const float* dy_row, float* acc, int width, int lanes) {
+// All taps along the innermost axis, for a few rows of input and output gradient.
+void grad_rows(const GradWeightParams& p, OuterTask task, float* acc) {
     const Axis& c = p.axis[2];
+    task.x_step = c.step * c.in_stride;
+    task.dy_step = c.out_stride;
     for (int64_t kw = 0; kw < c.kernel; ++kw) {
         int64_t low, high;
         valid_range(c, kw, &low, &high);
         if (low >= high) continue;
-        OuterTask task;
-        task.x_step = c.step * c.in_stride;
-        task.dy_step = c.out_stride;
         task.pixels = high - low;
-        task.dy = dy_row + low * c.out_stride;
-        task.width = width;
-        task.lanes = lanes;
-        const float* x = x_row + (low * c.step + c.offset + kw * c.offset_step) * c.in_stride;
+        task.dy_offset = low * c.out_stride;
+        const int64_t x_offset = (low * c.step + c.offset + kw * c.offset_step) * c.in_stride;
         for (int64_t ch = 0; ch < p.in_channels;) {
             const int64_t left = p.in_channels - ch;
             const int count = static_cast<int>(ceil_div(left, ceil_div(left, kTile)));
-            task.x = x + ch;
-            task.acc = acc + (kw * p.in_channels + ch) * width;
+            task.x_offset = x_offset + ch;
+            task.acc = acc + (kw * p.in_channels + ch) * task.width;
             run_outer_tile(task, count);
             ch += count;
         }
@@ -160,15 +164,27 @@ void grad_run(const GradWeightParams& p, float* partials, int64_t begin, int64_t
         float* acc = partials + layout.block_offset(p, chunk, group, block) + outer * slab;
         std::memset(acc, 0, static_cast<size_t>(slab) * sizeof(float));
         const int64_t last = min64(layout.rows, (chunk + 1) * layout.rows_per_chunk);
+        const int64_t batch = min64(kRowsAtOnce, ceil_div(kPixelsAtOnce, max64(1, c.out_size)));
+        const float *x_rows[kRowsAtOnce], *dy_rows[kRowsAtOnce];
+        OuterTask task{};
+        task.x_rows = x_rows;
+        task.dy_rows = dy_rows;
+        task.width = width;
+        task.lanes = lanes;
         for (int64_t row = chunk * layout.rows_per_chunk; row < last; ++row) {
             const int64_t oh = row % b.out_size, od = row / b.out_size % a.out_size, n = row / (b.out_size * a.out_size);
             const int64_t id = in_position(a, od, kd), ih = in_position(b, oh, kh);
-            if (!inside(id, a.in_size) || !inside(ih, b.in_size)) continue;
-            const float* x_row = static_cast<const float*>(p.input) + n * p.in_batch_stride + id * a.in_stride +
-                                 ih * b.in_stride + group * p.in_channels;
-            const float* dy_row = static_cast<const float*>(p.grad) + n * p.out_batch_stride + od * a.out_stride +
-                                  oh * b.out_stride + group * p.out_channels + block * kLanes;
-            grad_row(p, x_row, dy_row, acc, width, lanes);
+            if (inside(id, a.in_size) && inside(ih, b.in_size)) {
+                x_rows[task.rows] = static_cast<const float*>(p.input) + n * p.in_batch_stride + id * a.in_stride +
+                                    ih * b.in_stride + group * p.in_channels;
+                dy_rows[task.rows] = static_cast<const float*>(p.grad) + n * p.out_batch_stride + od * a.out_stride +
+                                     oh * b.out_stride + group * p.out_channels + block * kLanes;
+                ++task.rows;
+            }
+            if (task.rows == batch || row + 1 == last) {
+                grad_rows(p, task, acc);
+                task.rows = 0;
+            }
         }
     }
 }

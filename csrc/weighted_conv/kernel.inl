@@ -15,8 +15,8 @@ namespace {
 constexpr int kBlock = 2;                         // vectors of output channels per tile
 constexpr int kTile = kWidth == 16 ? 14 : 6;      // pixels per tile: kTile * kBlock accumulators, rest for operands
 constexpr int kLanes = kBlock * kWidth;           // output channels per full block
-constexpr int64_t kPiece = 192;                    // steps per chain of additions
-constexpr int64_t kWeightChunkBytes = 96 * 1024;  // weights that stream through L2 before the next tile reuses them
+constexpr int64_t kPiece = 128;                    // steps per chain of additions
+constexpr int64_t kWeightChunkBytes = 256 * 1024;  // weights that stream through L2 before the next tile reuses them
 
 PDN_INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 PDN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -31,7 +31,7 @@ struct Float32 {
     static PDN_INLINE vf operand(const T* x) { return splat(*x); }
     static PDN_INLINE vf tail_operand(const T* x) { return splat(*x); }
     static PDN_INLINE vf weights(const T* w) { return load(w); }
-    static PDN_INLINE void accumulate(vf& acc, vf x, vf w) { acc += x * w; }
+    static PDN_INLINE vf accumulate(vf acc, vf x, vf w) { return acc + x * w; }
 };
 
 #if defined(__AVX512BF16__)
@@ -45,20 +45,33 @@ struct BFloat16 {
     }
     static PDN_INLINE vf tail_operand(const T* x) { return (vf)_mm512_set1_epi32(static_cast<int32_t>(*x)); }
     static PDN_INLINE vf weights(const T* w) { return (vf)_mm512_loadu_si512(w); }
-    static PDN_INLINE void accumulate(vf& acc, vf x, vf w) { asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w)); }
+    static PDN_INLINE vf accumulate(vf acc, vf x, vf w) {
+        asm("vdpbf16ps %2, %1, %0" : "+v"(acc) : "v"(x), "v"(w));  // the intrinsic makes GCC 12 copy accumulators
+        return acc;
+    }
 };
 #endif
 
 // ------------------------------------------------------------------------------------------------ register tile
 
-// What a tile needs to know; `pixels` holds kTile pointers per tap.
+// A stretch of input channels that every pixel of a tile multiplies with the same weights: one tap, or a whole row of
+// taps where neighbouring pixels lie next to each other in memory.
+template <class E>
+struct Stretch {
+    using T = typename E::T;
+    const T* first;    // of pixel 0; the others follow at pixel_stride. Null: the pixels have pointers of their own
+    const T* weights;  // [steps][N * kWidth * kChannels]
+    int64_t channels;
+};
+
+// What a tile needs to know.
 template <class E>
 struct TileTask {
     using T = typename E::T;
-    const T* const* pixels;
-    const T* const* weights;  // per tap: [steps][N * kWidth * kChannels]
-    int taps;
-    int64_t channels;
+    const Stretch<E>* stretches;
+    const T* const* pixels;  // kTile pointers per stretch
+    int count;               // of stretches
+    int64_t pixel_stride;
     const float* start;  // accumulators of the chunk before, [M][N * kWidth], or null: start from the bias
     float* stop;         // where to leave the accumulators, or null: finish the output
     const T* bias;       // of this block, or null
@@ -77,7 +90,7 @@ PDN_INLINE void step(vf (&acc)[M][N], const typename E::T* const (&x)[M], int64_
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
         const vf a = tail ? E::tail_operand(x[m] + c) : E::operand(x[m] + c);
-        for (int j = 0; j < N; ++j) E::accumulate(acc[m][j], a, b[j]);
+        for (int j = 0; j < N; ++j) acc[m][j] = E::accumulate(acc[m][j], a, b[j]);
     }
 }
 
@@ -114,13 +127,15 @@ void tile(const TileTask<E>& t) {
     float total[M * N * kWidth];
     int64_t chain = 0;
     bool pieces = false;
-    for (int tap = 0; tap < t.taps; ++tap) {
+    for (int i = 0; i < t.count; ++i) {
+        const Stretch<E>& stretch = t.stretches[i];
         const T* x[M];
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) x[m] = t.pixels[tap * kTile + m];
-        const T* w = t.weights[tap];
-        for (int64_t from = 0; from < t.channels; from += kPiece * E::kChannels) {
-            const int64_t to = min64(t.channels, from + kPiece * E::kChannels);
+        for (int m = 0; m < M; ++m)
+            x[m] = stretch.first ? stretch.first + m * t.pixel_stride : t.pixels[i * kTile + m];
+        const T* w = stretch.weights;
+        for (int64_t from = 0; from < stretch.channels; from += kPiece * E::kChannels) {
+            const int64_t to = min64(stretch.channels, from + kPiece * E::kChannels);
             const int64_t whole = from + (to - from) / E::kChannels * E::kChannels;
             for (int64_t c = from; c < whole; c += E::kChannels) {
                 step<E, M, N>(acc, x, c, w, false);
@@ -245,29 +260,51 @@ int64_t pack_items(const ConvParams& p) {
     return p.groups * Packing<E>(p).blocks;
 }
 
+// One step of one block: channels [c, c + kChannels) of `lanes` outputs for taps [from, to), as rows [tap - from][width][kChannels].
+template <class E>
+void pack_step(const ConvParams& p, const WeightView& view, const typename E::T* w, int64_t c, int64_t lanes, int64_t from,
+               int64_t to, int width, typename E::T* rows) {
+    using T = typename E::T;
+    const T* density = static_cast<const T*>(view.density);
+    const int64_t row = static_cast<int64_t>(width) * E::kChannels;
+    for (int64_t o = 0; o < width; ++o) {
+        for (int64_t i = 0; i < E::kChannels; ++i) {
+            T* at = rows + o * E::kChannels + i;
+            const T* read = w + o * view.out_stride + (c + i) * view.in_stride;
+            const bool exists = o < lanes && c + i < p.in_channels;
+            for (int64_t tap = from; tap < to; ++tap, at += row) {
+                if (!exists)
+                    *at = T(0);
+                else if (density == nullptr)
+                    *at = read[tap * view.tap_stride];
+                else
+                    narrow(widen(read[tap * view.tap_stride]) * widen(density[tap * view.tap_stride]), at);
+            }
+        }
+    }
+}
+
 template <class E>
 void pack(const ConvParams& p, const WeightView& view, void* packed, int64_t begin, int64_t end) {
     using T = typename E::T;
+    constexpr int64_t kTapsAtOnce = 64;
     const Packing<E> layout(p);
-    const T* weight = static_cast<const T*>(view.weight);
-    const T* density = static_cast<const T*>(view.density);
+    T rows[kTapsAtOnce * kLanes * E::kChannels];  // taps lie far apart in the packed weights: collect whole rows first
     for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item / layout.blocks, block = item % layout.blocks;
         const int width = block_width(p, block);
         const int64_t lanes = min64(width, p.out_channels - block * kLanes);
+        const T* w = static_cast<const T*>(view.weight) + group * view.group_stride + block * kLanes * view.out_stride;
         T* out = static_cast<T*>(packed) + layout.block_offset(group, block);
-        for (int64_t tap = 0; tap < layout.taps; ++tap) {
-            const float factor = density ? widen(density[tap * view.tap_stride]) : 1.f;
-            const T* w = weight + group * view.group_stride + block * kLanes * view.out_stride + tap * view.tap_stride;
-            for (int64_t c = 0; c < layout.steps * E::kChannels; ++c) {
-                T* row = out + (c / E::kChannels) * width * E::kChannels + c % E::kChannels;
-                const bool inside = c < layout.channels;
-                for (int64_t o = 0; o < width; ++o) {
-                    const float value = inside && o < lanes ? widen(w[o * view.out_stride + c * view.in_stride]) : 0.f;
-                    narrow(value * factor, row + o * E::kChannels);
-                }
+        const int64_t row = static_cast<int64_t>(width) * E::kChannels;
+        for (int64_t from = 0; from < layout.taps; from += kTapsAtOnce) {
+            const int64_t to = min64(layout.taps, from + kTapsAtOnce);
+            for (int64_t s = 0; s < layout.steps; ++s) {
+                pack_step<E>(p, view, w, s * E::kChannels, lanes, from, to, width, rows);
+                for (int64_t tap = from; tap < to; ++tap)
+                    std::memcpy(out + tap * layout.tap_elements(width) + s * row, rows + (tap - from) * row,
+                                static_cast<size_t>(row) * sizeof(T));
             }
-            out += layout.tap_elements(width);
         }
     }
 }
@@ -289,21 +326,21 @@ struct Runs {
 
 int64_t direct_items(const ConvParams& p) { return p.batch * Runs(p).runs_per_image; }
 
-// Scratch: a row of zeros, the pixel pointers of one tile, the weight pointers, and the accumulators of one run.
+// Scratch: a row of zeros, the stretches and pixel pointers of one tile, and the accumulators of one run.
 template <class E>
 struct Scratch {
     using T = typename E::T;
-    int64_t taps, zero_bytes, pixel_bytes, weight_bytes, run_pixels;
+    int64_t taps, zero_bytes, pixel_bytes, stretch_bytes, run_pixels;
 
     explicit Scratch(const ConvParams& p) {
         taps = p.axis[0].taps * p.axis[1].taps * p.axis[2].taps;
         zero_bytes = ceil_div((p.in_channels + 1) * static_cast<int64_t>(sizeof(T)), 64) * 64;
         pixel_bytes = ceil_div(taps * kTile * 8, 64) * 64;
-        weight_bytes = ceil_div(taps * 8, 64) * 64;
+        stretch_bytes = ceil_div(taps * static_cast<int64_t>(sizeof(Stretch<E>)), 64) * 64;
         run_pixels = Runs(p).rows_per_run * p.axis[2].out_size;
     }
 
-    int64_t bytes() const { return zero_bytes + pixel_bytes + 2 * weight_bytes + run_pixels * kLanes * 4; }
+    int64_t bytes() const { return zero_bytes + pixel_bytes + stretch_bytes + run_pixels * kLanes * 4; }
 };
 
 template <class E>
@@ -316,11 +353,6 @@ PDN_INLINE int64_t in_position(const Axis& a, int64_t out, int64_t tap) {
 }
 PDN_INLINE bool inside(int64_t position, int64_t size) { return static_cast<uint64_t>(position) < static_cast<uint64_t>(size); }
 
-// One tap of the (possibly strided) tap set: its three tap numbers and its weight's place.
-struct Tap {
-    int32_t t0, t1, t2;
-};
-
 template <class E>
 struct DirectRun {
     using T = typename E::T;
@@ -329,9 +361,9 @@ struct DirectRun {
     const Scratch<E> sizes;
     T* zeros;
     const T** pixels;
-    const T** weights;
-    int64_t* tap_weight;  // weight tap number per tap
+    Stretch<E>* stretches;
     float* accumulators;
+    bool rows_adjoin;  // taps of one row read adjoining memory, with weights in the same order
 
     DirectRun(const ConvParams& params, void* scratch) : p(params), layout(params), sizes(params) {
         char* at = static_cast<char*>(scratch);
@@ -340,56 +372,52 @@ struct DirectRun {
         at += sizes.zero_bytes;
         pixels = reinterpret_cast<const T**>(at);
         at += sizes.pixel_bytes;
-        weights = reinterpret_cast<const T**>(at);
-        at += sizes.weight_bytes;
-        tap_weight = reinterpret_cast<int64_t*>(at);
-        at += sizes.weight_bytes;
+        stretches = reinterpret_cast<Stretch<E>*>(at);
+        at += sizes.stretch_bytes;
         accumulators = reinterpret_cast<float*>(at);
-        const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
-        int64_t n = 0;
-        for (int64_t i = 0; i < a.taps; ++i)
-            for (int64_t j = 0; j < b.taps; ++j)
-                for (int64_t k = 0; k < c.taps; ++k)
-                    tap_weight[n++] = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap +
-                                      k * c.tap_step;
+        const Axis& c = p.axis[2];
+        rows_adjoin = c.offset_step * c.in_stride == p.in_channels && c.tap_step == 1 && p.in_channels % E::kChannels == 0;
     }
 
-    // Pointers of `count` pixels from `first` (numbered within the run) for the outer taps [from, to); taps that no
-    // pixel of the tile can see are left out. Returns how many taps remain.
-    int gather(const T* image, int64_t row0, int64_t first, int count, int64_t from, int64_t to, const T* block, int width) {
+    // The stretches that `count` pixels of one output row, from `column`, read for the outer taps [from, to). Taps that no
+    // pixel sees are left out; where some pixels see a tap and others do not, those read zeros. Returns how many.
+    int gather(const T* image, int64_t row, int64_t column, int count, int64_t from, int64_t to, const T* block, int width) {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
         const int64_t tap_elements = layout.tap_elements(width);
-        int64_t d[kTile], h[kTile], w[kTile];
-        for (int m = 0; m < count; ++m) {
-            const int64_t pixel = first + m, row = row0 + pixel / c.out_size;
-            d[m] = row / b.out_size * a.step + a.offset;
-            h[m] = row % b.out_size * b.step + b.offset;
-            w[m] = pixel % c.out_size * c.step + c.offset;
-        }
+        const int64_t d = row / b.out_size * a.step + a.offset, h = row % b.out_size * b.step + b.offset;
+        const int64_t first = column * c.step + c.offset, last = first + (count - 1) * c.step;
+        const int64_t reach = (c.taps - 1) * c.offset_step;
+        const bool all_inside = inside(first, c.in_size) && inside(last, c.in_size) && inside(first + reach, c.in_size) &&
+                                inside(last + reach, c.in_size);
         int used = 0;
         for (int64_t outer = from; outer < to; ++outer) {
             const int64_t i = outer / b.taps, j = outer % b.taps;
-            const T* rows[kTile];
-            bool any_row = false;
-            for (int m = 0; m < count; ++m) {
-                const int64_t di = d[m] + i * a.offset_step, hj = h[m] + j * b.offset_step;
-                const bool ok = inside(di, a.in_size) && inside(hj, b.in_size);
-                rows[m] = ok ? image + di * a.in_stride + hj * b.in_stride : nullptr;
-                any_row |= ok;
+            const int64_t di = d + i * a.offset_step, hj = h + j * b.offset_step;
+            if (!inside(di, a.in_size) || !inside(hj, b.in_size)) continue;
+            const T* in_row = image + di * a.in_stride + hj * b.in_stride;
+            const int64_t tap = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap;
+            const T* weights = block + tap * tap_elements;
+            if (all_inside && rows_adjoin) {
+                stretches[used++] = {in_row + first * c.in_stride, weights, c.taps * p.in_channels};
+                continue;
             }
-            if (!any_row) continue;
             for (int64_t k = 0; k < c.taps; ++k) {
-                const T** at = pixels + used * kTile;
+                const int64_t at = first + k * c.offset_step, to_last = last + k * c.offset_step;
+                Stretch<E>& stretch = stretches[used];
+                stretch = {nullptr, weights + k * c.tap_step * tap_elements, p.in_channels};
+                if (inside(at, c.in_size) && inside(to_last, c.in_size)) {
+                    stretch.first = in_row + at * c.in_stride;
+                    ++used;
+                    continue;
+                }
                 bool any = false;
                 for (int m = 0; m < count; ++m) {
-                    const int64_t wk = w[m] + k * c.offset_step;
-                    const bool ok = rows[m] != nullptr && inside(wk, c.in_size);
-                    at[m] = ok ? rows[m] + wk * c.in_stride : zeros;
+                    const int64_t w = at + m * c.step;
+                    const bool ok = inside(w, c.in_size);
+                    pixels[used * kTile + m] = ok ? in_row + w * c.in_stride : zeros;
                     any |= ok;
                 }
-                if (!any) continue;
-                weights[used] = block + tap_weight[outer * c.taps + k] * tap_elements;
-                ++used;
+                used += any;
             }
         }
         return used;
@@ -402,9 +430,9 @@ struct DirectRun {
         const T* packed = static_cast<const T*>(p.packed) + layout.block_offset(group, block);
         const T* image = static_cast<const T*>(p.input) + n * p.in_batch_stride + group * p.in_channels;
         TileTask<E> task;
+        task.stretches = stretches;
         task.pixels = pixels;
-        task.weights = weights;
-        task.channels = p.in_channels;
+        task.pixel_stride = c.step * c.in_stride;
         task.bias = p.bias ? static_cast<const T*>(p.bias) + channel : nullptr;
         task.activation = static_cast<int>(p.activation);
         task.lanes = static_cast<int>(min64(kLanes, p.out_channels - block * kLanes));
@@ -421,7 +449,7 @@ struct DirectRun {
                 const int64_t left = c.out_size - column;
                 const int64_t tiles = ceil_div(left, kTile);
                 const int count = static_cast<int>(ceil_div(left, tiles));
-                task.taps = gather(image, row0, first, count, from, to, packed, width);
+                task.count = gather(image, row, column, count, from, to, packed, width);
                 float* saved = accumulators + first * width;
                 task.start = from == 0 ? nullptr : saved;
                 task.stop = to >= outer_taps ? nullptr : saved;
