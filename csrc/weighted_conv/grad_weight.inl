@@ -209,14 +209,22 @@ void grad_finish(const GradWeightParams& p, const float* partials, double* densi
         double* sums = density_rows ? density_rows + item * layout.taps : nullptr;
         if (sums) std::memset(sums, 0, static_cast<size_t>(layout.taps) * sizeof(double));
         const int64_t output0 = group * p.out_channels + block * kLanes;
-        for (int64_t o = 0; o < lanes; ++o) {
-            const float* weight = static_cast<const float*>(p.weight) + (output0 + o) * per_output;
-            float* grad = p.weight_grad ? static_cast<float*>(p.weight_grad) + (output0 + o) * per_output : nullptr;
-            for (int64_t c = 0; c < p.in_channels; ++c) {
-                for (int64_t k = 0; k < layout.taps; ++k) {
-                    const float g = first[(k * p.in_channels + c) * width + o];
-                    if (grad) grad[c * layout.taps + k] = density ? g * density[k] : g;
-                    if (sums) sums[k] += static_cast<double>(g) * weight[c * layout.taps + k];
+        const float* weight = static_cast<const float*>(p.weight) + output0 * per_output;
+        float* grad = p.weight_grad ? static_cast<float*>(p.weight_grad) + output0 * per_output : nullptr;
+        for (int64_t c = 0; c < p.in_channels; ++c) {
+            for (int64_t from = 0; from < layout.taps; from += kTapsAtOnce) {
+                const int64_t taps = min64(layout.taps - from, kTapsAtOnce);
+                float turned[kLanes * kTapsAtOnce];  // [output channel][tap]: the sums of one tap lie far from the next tap's
+                for (int64_t k = 0; k < taps; ++k)
+                    for (int64_t o = 0; o < lanes; ++o)
+                        turned[o * taps + k] = first[((from + k) * p.in_channels + c) * width + o];
+                for (int64_t o = 0; o < lanes; ++o) {
+                    const int64_t at = o * per_output + c * layout.taps + from;
+                    for (int64_t k = 0; k < taps; ++k) {
+                        const float g = turned[o * taps + k];
+                        if (sums) sums[from + k] += static_cast<double>(g) * weight[at + k];
+                        if (grad) grad[at + k] = density ? g * density[from + k] : g;
+                    }
                 }
             }
         }

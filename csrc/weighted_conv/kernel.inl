@@ -15,6 +15,7 @@ namespace {
 constexpr int kBlock = 2;                         // vectors of output channels per tile
 constexpr int kTile = kWidth == 16 ? 14 : 6;      // pixels per tile: kTile * kBlock accumulators, rest for operands
 constexpr int kLanes = kBlock * kWidth;           // output channels per full block
+constexpr int64_t kTapsAtOnce = 64;                // taps whose weights are turned around at once, packing or unpacking
 constexpr int64_t kPiece = 128;                    // steps per chain of additions
 constexpr int64_t kWeightChunkBytes = 256 * 1024;  // weights that stream through L2 before the next tile reuses them
 
@@ -287,7 +288,6 @@ void pack_step(const ConvParams& p, const WeightView& view, const typename E::T*
 template <class E>
 void pack(const ConvParams& p, const WeightView& view, void* packed, int64_t begin, int64_t end) {
     using T = typename E::T;
-    constexpr int64_t kTapsAtOnce = 64;
     const Packing<E> layout(p);
     T rows[kTapsAtOnce * kLanes * E::kChannels];  // taps lie far apart in the packed weights: collect whole rows first
     for (int64_t item = begin; item < end; ++item) {
