@@ -4,6 +4,8 @@ Submodules load on first use, so that ``import pydenoise`` stays cheap and needs
 """
 
 import importlib
+import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 
@@ -11,7 +13,7 @@ _MODULES = ("functional", "nn", "testing", "kernels", "reference", "ops", "model
 _NAMES = {
     "accelerate": "pydenoise.accelerate",
     "AccelerationReport": "pydenoise.accelerate",
-    "density": "pydenoise.density",
+    "density": "pydenoise.densities",
     "explain": "pydenoise.explain",
     "BackendUnavailable": "pydenoise.ops.registry",
     "FallbackWarning": "pydenoise.ops.registry",
@@ -31,3 +33,18 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES, *_NAMES})
+
+
+class _Package(ModuleType):
+    """This package's type: importing the submodule ``pydenoise.explain`` must not hide the function ``explain``.
+
+    The import system stores every imported submodule as an attribute of its package; where a public name is also a
+    submodule's, that store is ignored, so ``pydenoise.explain`` is the function whatever was imported before.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _NAMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
