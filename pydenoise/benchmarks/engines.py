@@ -1,0 +1,112 @@
+"""onnxruntime and OpenVINO as providers: a torch module, exported to ONNX, run with buffers bound beforehand."""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from pydenoise.benchmarks.providers import Setting, require
+
+OPSET = 17
+
+
+def export_onnx(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
+    """``module`` as an ONNX graph. The tracing exporter is used: it needs no package beside torch and onnx."""
+    require("onnx")
+    buffer = io.BytesIO()
+    names = [f"input{i}" for i in range(len(inputs))]
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecation of the tracing exporter, constants in traced shapes
+        torch.onnx.export(
+            module, tuple(inputs), buffer, dynamo=False, input_names=names, output_names=["output"], opset_version=OPSET
+        )
+    return buffer.getvalue()
+
+
+def onnxruntime_call(graph: bytes, inputs: Sequence[Tensor], setting: Setting) -> Callable[[], Tensor]:
+    """A call that runs ``graph`` in onnxruntime, input and output bound to fixed memory."""
+    ort = require("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = setting.threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    arrays = [numpy.ascontiguousarray(tensor.numpy()) for tensor in inputs]
+    for meta, array in zip(session.get_inputs(), arrays, strict=True):
+        binding.bind_ortvalue_input(meta.name, ort.OrtValue.ortvalue_from_numpy(array))
+    output = session.get_outputs()[0]
+    binding.bind_ortvalue_output(output.name, ort.OrtValue.ortvalue_from_shape_and_type(output.shape, numpy.float32))
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[0]
+
+    call.result = lambda: torch.from_numpy(call().numpy().copy())
+    return call
+
+
+def openvino_call(
+    graph: bytes, inputs: Sequence[Tensor], setting: Setting, *, precision: str = "f32", channels_last: bool = False
+) -> Callable[[], Tensor]:
+    """A call that runs ``graph`` in OpenVINO, tuned for latency.
+
+    The precision is always stated, because the plugin takes bf16 by itself where the processor has it. With
+    ``channels_last`` image and result are NHWC, which is faster for a single layer: the plugin works on blocked channels.
+    """
+    ov = require("openvino")
+    core = ov.Core()
+    model = core.read_model(graph)
+    if channels_last:
+        model = _nhwc(ov, model)
+    properties = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": setting.threads,
+    }
+    request = core.compile_model(model, "CPU", properties).create_infer_request()
+    tensors = []
+    for index, tensor in enumerate(inputs):
+        array = tensor.permute(0, 2, 3, 1) if channels_last else tensor
+        tensors.append(ov.Tensor(numpy.ascontiguousarray(array.numpy()), shared_memory=True))
+        request.set_input_tensor(index, tensors[-1])
+
+    def call() -> None:
+        request.infer()
+
+    def result() -> Tensor:
+        request.infer()
+        output = torch.from_numpy(request.get_output_tensor().data.copy())
+        return output.permute(0, 3, 1, 2) if channels_last else output
+
+    call.result = result
+    call.keep_alive = tensors
+    return call
+
+
+def _nhwc(ov, model):
+    steps = ov.preprocess.PrePostProcessor(model)
+    for index in range(len(model.inputs)):
+        steps.input(index).tensor().set_layout(ov.Layout("NHWC"))
+        steps.input(index).model().set_layout(ov.Layout("NCHW"))
+    steps.output().tensor().set_layout(ov.Layout("NHWC"))
+    steps.output().model().set_layout(ov.Layout("NCHW"))
+    return steps.build()
+
+
+def compile_inductor(module: nn.Module) -> Callable:
+    """``module`` through ``torch.compile``, weights frozen in (as one would for inference), max-autotune off."""
+    import torch._inductor.config as config
+
+    torch._dynamo.reset()
+    frozen = config.patch(freezing=True)
+    compiled = torch.compile(module, fullgraph=True)
+
+    def call(*inputs):
+        with frozen:
+            return compiled(*inputs)
+
+    return call

@@ -1,0 +1,84 @@
+"""What a provider is: one way to compute a case, that either prepares a contender or says why it cannot."""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Largest error over the largest value that passes as "the same result". The float32 bound is the one that Winograd has.
+RESULT_BOUNDS = {"fp32": 2e-5, "bf16": 3e-2}
+
+
+class Skip(Exception):
+    """A provider does not take part in a case; the message says why."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders of a run share."""
+
+    threads: int
+    device: str = "cpu"
+    quick: bool = False
+
+
+@dataclass
+class Contender:
+    """A prepared provider: ``run`` is the timed call.
+
+    ``outputs`` makes a fresh call and returns its results by name, in torch's NCHW shapes, for the check against the
+    float64 reference. ``sample``, if given, takes a time sample itself (in seconds) and is used in place of ``run``.
+    """
+
+    run: Callable[[], object] = lambda: None
+    outputs: Callable[[], dict[str, Tensor]] | None = None
+    sample: Callable[[], float] | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A column of the comparison. ``default`` is false for those that run only when they are named."""
+
+    name: str
+    label: str
+    prepare: Callable[..., Contender] = field(repr=False)
+    precision: str = "fp32"
+    ours: bool = False
+    default: bool = True
+
+
+def choose(providers: Sequence[Provider], names: Sequence[str] | None) -> list[Provider]:
+    """The providers called ``names``, or the default ones. Raises ``ValueError`` with the known names."""
+    if names is None:
+        return [provider for provider in providers if provider.default]
+    known = {provider.name: provider for provider in providers}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"provider: no provider named {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def require(module: str, package: str | None = None):
+    """Import an optional module or skip the provider with the sentence that tells how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Skip(f"{package or module} is not installed ({error}); pip install {package or module}") from error
+
+
+def cpu_only(setting: Setting) -> None:
+    if setting.device != "cpu":
+        raise Skip(f"runs on the CPU; this run is on {setting.device}")
+
+
+def gpu_only(setting: Setting) -> None:
+    if setting.device == "cpu":
+        raise Skip("no GPU in this run" if torch.cuda.is_available() else "no NVIDIA GPU on this machine")
+
+
+def images(value: Tensor) -> Tensor:
+    """A detached float64 copy on the CPU, for the comparison of results."""
+    return value.detach().to("cpu", torch.float64)
