@@ -13,6 +13,7 @@ volatile float sink;
 
 double burst_fma(int64_t rounds) {
     vf acc[kChains];
+#pragma GCC unroll 12  // every loop over the sums: an index known only at run time would put them in memory
     for (int i = 0; i < kChains; ++i) acc[i] = splat(1.f);
     vf x = splat(0.5f);
     for (int64_t r = 0; r < rounds; ++r) {
@@ -23,6 +24,7 @@ double burst_fma(int64_t rounds) {
         for (int i = 0; i < kChains; ++i) asm volatile("" : "+v"(acc[i]));
 #endif
     }
+#pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) sink = acc[i][0];
     return 2.0 * kWidth * kChains * static_cast<double>(rounds);
 }
@@ -30,12 +32,14 @@ double burst_fma(int64_t rounds) {
 #if defined(__AVX512BF16__)
 double burst_bf16(int64_t rounds) {
     vf acc[kChains];
+#pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) acc[i] = vf{};
     vf x = (vf)_mm512_set1_epi32(0x3f803f80);
     for (int64_t r = 0; r < rounds; ++r) {
 #pragma GCC unroll 12
         for (int i = 0; i < kChains; ++i) asm volatile("vdpbf16ps %1, %1, %0" : "+v"(acc[i]) : "v"(x));
     }
+#pragma GCC unroll 12
     for (int i = 0; i < kChains; ++i) sink = acc[i][0];
     return 4.0 * kWidth * kChains * static_cast<double>(rounds);
 }
