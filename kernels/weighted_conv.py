@@ -341,8 +341,9 @@ def reduce_kernel(
             value = plain * tl.load(density + t, mask=t_ok, other=0.0).to(tl.float32)[None, :]
         tl.store(dweight + (row * taps)[:, None] + t[None, :], value.to(dweight.dtype.element_ty), mask=mask)
     if WANT_DENSITY:
-        w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(ddensity + program.to(tl.int64) * taps + t, tl.sum(w * plain, 0), mask=t_ok)
+        # In float64: the terms cancel, and there are so few of them that it costs nothing.
+        w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float64)
+        tl.store(ddensity + program.to(tl.int64) * taps + t, tl.sum(w * plain.to(tl.float64), 0), mask=t_ok)
 
 
 @triton.jit
@@ -891,7 +892,7 @@ def plan_weight_gradient(
     ddensity_parts: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     *, splits: int | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The two launches that write ``dweight`` and ``ddensity_parts`` [``density_parts(weight)``, taps] (either may be
+    """The two launches that write ``dweight`` and ``ddensity_parts`` [``density_parts(weight)``, taps] (float64; either may be
     ``None``); ``splits`` asks for a number of partial sums instead of the one that fills the device."""
     axes = _forward_axes(input, weight, stride, padding, dilation)
     x = _channels_inner(_five(input))
@@ -1017,7 +1018,7 @@ def backward(
         dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if mask[1] else None
         parts = None
         if want_density:
-            parts = torch.empty((density_parts(weight), density.numel()), dtype=torch.float32, device=weight.device)
+            parts = torch.empty((density_parts(weight), density.numel()), dtype=torch.float64, device=weight.device)
         plan = plan_weight_gradient(
             grad, input, weight, density, dweight, parts, stride, padding, dilation, groups
         )
