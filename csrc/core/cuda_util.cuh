@@ -160,15 +160,45 @@ PDN_HD float quotient(float x, float y) {  // two roundings at most; y = infinit
 #endif
 }
 
-// `activation` numbers are those of weighted_conv::Activation; other ops use the same ones.
-PDN_HD float activate(float x, int activation) {
-    switch (activation) {
-        case 1: return x < 0.f ? 0.f : x;  // keeps NaN, as torch does
-        case 2: return quotient(x, 1.f + expf(-x));
-        case 3: return 0.5f * x * (1.f + erff(x * 0.70710678118654752f));
-        case 4: return quotient(x, 1.f + expf(-1.5957691216057308f * (x + 0.044715f * x * x * x)));
-        default: return x;
+// `activation` numbers are those of weighted_conv::Activation; other ops use the same ones. SiLU and the tanh form of
+// GELU are one function, x * sigmoid(x * (linear + cubic * x^2)).
+struct Gate {
+    float linear, cubic;
+};
+
+PDN_HD Gate gate_of(int activation) { return activation == 2 ? Gate{1.f, 0.f} : Gate{1.5957691216057308f, 0.0713548162726f}; }
+
+PDN_HD float gated(float x, Gate gate) {
+    const float square = fminf(x * x, 1e30f);  // finite: infinity times a zero would be NaN
+    return quotient(x, 1.f + expf(-x * fmaf(gate.cubic, square, gate.linear)));
+}
+
+PDN_HD float relu(float x) { return x < 0.f ? 0.f : x; }  // keeps NaN, as torch does
+
+PDN_HD float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
+
+template <int N>
+PDN_HD void activate(Float4 (&x)[N], int activation) {
+    auto each = [&x](auto function) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[i].v[j] = function(x[i].v[j]);
+    };
+    if (activation == 0) return;  // the branches are out here, so that a thread takes each once
+    if (activation == 1) {
+        each([](float v) { return relu(v); });
+    } else if (activation == 3) {
+        each([](float v) { return gelu(v); });
+    } else {
+        const Gate gate = gate_of(activation);
+        each([gate](float v) { return gated(v, gate); });
     }
+}
+
+PDN_HD float activate(float x, int activation) {
+    if (activation == 0) return x;
+    return activation == 1 ? relu(x) : activation == 3 ? gelu(x) : gated(x, gate_of(activation));
 }
 
 }  // namespace
