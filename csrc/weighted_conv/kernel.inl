@@ -311,20 +311,32 @@ void pack(const ConvParams& p, const WeightView& view, void* packed, int64_t beg
 
 // ------------------------------------------------------------------------------------------------ rows and tiles
 
-// Output pixels are walked in runs: whole rows where a row fills tiles, several rows together where it does not.
+// Output pixels are walked in runs: whole rows where a row fills tiles, several rows together where it does not. A work
+// item is one run of one block of output channels. Blocks come first where the weights are larger than the image, so that
+// what is larger is read once.
 struct Runs {
-    int64_t rows, rows_per_run, runs_per_image;
+    int64_t rows, rows_per_run, per_image, blocks;
+    bool blocks_first;
 
     explicit Runs(const ConvParams& p) {
         rows = p.axis[0].out_size * p.axis[1].out_size;
-        const int64_t width = p.axis[2].out_size;
-        rows_per_run = width >= 4 * kTile ? 1 : ceil_div(4 * kTile, max64(width, 1));
-        rows_per_run = min64(rows_per_run, max64(rows, 1));
-        runs_per_image = ceil_div(rows, rows_per_run);
+        const int64_t width = max64(p.axis[2].out_size, 1);
+        rows_per_run = width >= 4 * kTile ? 1 : min64(ceil_div(4 * kTile, width), max64(rows, 1));
+        per_image = ceil_div(rows, rows_per_run);
+        rows_per_run = ceil_div(rows, max64(per_image, 1));
+        per_image = ceil_div(rows, max64(rows_per_run, 1));
+        blocks = p.groups * ceil_div(p.out_channels, kLanes);
+        const int64_t taps = p.axis[0].taps * p.axis[1].taps * p.axis[2].taps;
+        const int64_t image = p.axis[0].in_size * p.axis[1].in_size * p.axis[2].in_size;
+        blocks_first = taps * p.out_channels > image;
     }
 };
 
-int64_t direct_items(const ConvParams& p) { return p.batch * Runs(p).runs_per_image; }
+template <class E>
+int64_t direct_items(const ConvParams& p) {
+    const Runs runs(p);
+    return p.batch * runs.per_image * runs.blocks;
+}
 
 // Scratch: a row of zeros, the stretches and pixel pointers of one tile, and the accumulators of one run.
 template <class E>
@@ -472,11 +484,11 @@ void direct_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) 
     const Runs runs(p);
     DirectRun<E> run(p, scratch);
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t n = item / runs.runs_per_image, row0 = item % runs.runs_per_image * runs.rows_per_run;
+        const int64_t n = item / (runs.per_image * runs.blocks), rest = item % (runs.per_image * runs.blocks);
+        const int64_t block = runs.blocks_first ? rest / runs.per_image : rest % runs.blocks;
+        const int64_t row0 = (runs.blocks_first ? rest % runs.per_image : rest / runs.blocks) * runs.rows_per_run;
         const int64_t rows = min64(runs.rows_per_run, runs.rows - row0);
-        for (int64_t group = 0; group < p.groups; ++group)
-            for (int64_t block = 0; block < run.layout.blocks; ++block)
-                run.block_of_run(n, group, block, row0, rows * p.axis[2].out_size);
+        run.block_of_run(n, block / run.layout.blocks, block % run.layout.blocks, row0, rows * p.axis[2].out_size);
     }
 }
 
@@ -489,7 +501,7 @@ constexpr Algorithm kDirectF32 = {"direct",
                                   packed_bytes<Float32>,
                                   pack_items<Float32>,
                                   pack<Float32>,
-                                  direct_items,
+                                  direct_items<Float32>,
                                   direct_scratch<Float32>,
                                   direct_run<Float32>};
 
@@ -503,7 +515,7 @@ constexpr Algorithm kDirectBF16 = {"direct_bf16",
                                    packed_bytes<BFloat16>,
                                    pack_items<BFloat16>,
                                    pack<BFloat16>,
-                                   direct_items,
+                                   direct_items<BFloat16>,
                                    direct_scratch<BFloat16>,
                                    direct_run<BFloat16>};
 #endif
