@@ -57,7 +57,7 @@ ConvParams without_tensors(const Geometry& g, int64_t in_channels, int64_t out_c
     for (int64_t axis = 0; axis < 3; ++axis) {
         const int64_t i = axis - (3 - g.dims);
         Axis& a = p.axis[axis];
-        a.in_size = a.out_size = 1;
+        a.in_size = a.out_size = i < 0 ? 1 : 2;  // an axis that exists is of unknown size, which is not 1
         a.step = i < 0 ? 1 : g.stride[i];
         a.offset = i < 0 ? 0 : -g.padding[2 * i];
         a.offset_step = i < 0 ? 1 : g.dilation[i];

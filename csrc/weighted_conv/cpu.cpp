@@ -2,6 +2,7 @@
 #include "grad_weight.inl"
 #include "kernel.inl"
 #include "params.h"
+#include "winograd.inl"
 
 #define PDN_JOIN2(a, b) a##b
 #define PDN_JOIN(a, b) PDN_JOIN2(a, b)
@@ -11,6 +12,7 @@ namespace weighted_conv {
 namespace {
 
 constexpr Algorithm kAlgorithms[] = {
+    kWinograd,
     kDirectF32,
 #if defined(__AVX512BF16__)
     kDirectBF16,

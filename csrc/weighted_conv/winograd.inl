@@ -431,7 +431,7 @@ void winograd_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch
 
 constexpr Algorithm kWinograd = {"winograd",           winograd_unsupported, winograd_packed_bytes,
                                  winograd_pack_items,  winograd_pack,        winograd_items,
-                                 winograd_scratch_bytes, winograd_run};
+                                 winograd_scratch_bytes, winograd_run,         /*approximate=*/true};
 
 }  // namespace
 }  // namespace weighted_conv
