@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # under pip's isolation the project's folder is not on the path
+
+import setup_cuda  # noqa: E402
 
 # Adding an ISA level: a row here, one in csrc/core/isa.{h,cpp}, one in each dispatch.cpp.
 AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
@@ -39,6 +43,7 @@ SOURCES = [
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC 12 reports the undefined operands of its own AVX-512 intrinsics as uninitialised.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+CUDA = "pydenoise._cuda"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
@@ -62,7 +67,26 @@ def torch_directory() -> Path:
 class BuildKernels(build_ext):
     """Compile every source, the kernels once per ISA level, on all cores; link one shared library."""
 
+    def build_extensions(self) -> None:
+        with ThreadPoolExecutor(len(self.extensions)) as pool:
+            list(pool.map(self.build_extension, self.extensions))
+
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == CUDA:
+            self._build_cuda(ext)
+        else:
+            self._build_cpu(ext)
+
+    def _build_cuda(self, ext: Extension) -> None:
+        objects = Path(self.build_temp).resolve() / ext.name.rpartition(".")[2]
+        objects.mkdir(parents=True, exist_ok=True)
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.parent.mkdir(parents=True, exist_ok=True)
+        compile_commands, link = setup_cuda.commands(objects, library, torch_directory(), [TORCH_TARGET])
+        for command in [*compile_commands, link]:
+            self._run(command)
+
+    def _build_cpu(self, ext: Extension) -> None:
         import pybind11
 
         torch = torch_directory()
@@ -109,7 +133,11 @@ class BuildKernels(build_ext):
             print(done.stderr)
 
 
+extensions = [Extension("pydenoise._C", sources=[*PER_ISA_SOURCES, *SOURCES])]
+if setup_cuda.wanted():
+    extensions.insert(0, Extension(CUDA, sources=[*setup_cuda.SOURCES, *setup_cuda.BINDINGS]))
+
 setup(
-    ext_modules=[Extension("pydenoise._C", sources=[*PER_ISA_SOURCES, *SOURCES])],
+    ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
 )

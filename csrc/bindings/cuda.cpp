@@ -8,7 +8,6 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <numeric>
 #include <optional>
 #include <vector>
 
@@ -133,28 +132,6 @@ void forward(const Tensor& input, const Tensor& weight, const MaybeTensor& densi
     check_launch(kind == kSkinnyIn ? skinny_in(p, stream) : kind == kSkinnyOut ? skinny_out(p, stream) : depthwise(p, stream));
 }
 
-// The input gradient of a depthwise convolution is a set of depthwise convolutions of the output's gradient, one per
-// phase of the stride: phase r of an axis gives input positions r, r + stride, ..., from the taps k for which
-// (r + padding - k * dilation) is a multiple of the stride, in descending order.
-Axis phase_of(const Axis& forward, int64_t padding, int64_t phase) {
-    const int64_t stride = forward.step, dilation = forward.offset_step, kernel = forward.kernel;
-    const int64_t tap_step = stride / std::gcd(stride, dilation);
-    int64_t first = 0;
-    while (first < tap_step && (phase + padding - first * dilation) % stride != 0) ++first;
-    const int64_t taps = first < tap_step && first < kernel ? (kernel - 1 - first) / tap_step + 1 : 0;
-    Axis a{};
-    a.in_size = forward.out_size, a.in_stride = forward.out_stride;
-    a.out_size = (forward.in_size - phase + stride - 1) / stride, a.out_stride = forward.in_stride * stride;
-    a.step = 1;
-    a.offset_step = tap_step * dilation / stride;
-    a.offset = taps == 0 ? 0 : (phase + padding - first * dilation) / stride - (taps - 1) * a.offset_step;
-    a.kernel = kernel;
-    a.taps = taps;
-    a.tap = first + (taps - 1) * tap_step;
-    a.tap_step = -tap_step;
-    return a;
-}
-
 void depthwise_grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& density, Tensor output, Ints geometry) {
     const Geometry g(geometry, output, grad);
     Problem p{};
@@ -175,9 +152,9 @@ void depthwise_grad_input(const Tensor& grad, const Tensor& weight, const MaybeT
         for (int64_t y = 0; y < f[1].step; ++y)
             for (int64_t x = 0; x < f[2].step; ++x) {
                 if (z >= f[0].in_size || y >= f[1].in_size || x >= f[2].in_size) continue;
-                p.axis[0] = phase_of(f[0], g.padding[0], z);
-                p.axis[1] = phase_of(f[1], g.padding[1], y);
-                p.axis[2] = phase_of(f[2], g.padding[2], x);
+                p.axis[0] = grad_input_axis(f[0], g.padding[0], z);
+                p.axis[1] = grad_input_axis(f[1], g.padding[1], y);
+                p.axis[2] = grad_input_axis(f[2], g.padding[2], x);
                 const int64_t offset = z * f[0].in_stride + y * f[1].in_stride + x * f[2].in_stride;
                 p.output = static_cast<char*>(output.data_ptr()) + offset * element_bytes(output);
                 check_launch(depthwise(p, stream));

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 
 #include "params.h"
 
@@ -54,6 +55,28 @@ const char* skinny_out(const Problem& p, void* stream);  // C_out <= 4, groups =
 const char* depthwise(const Problem& p, void* stream);   // groups = C_in, C_out a multiple of C_in
 int64_t depthwise_grad_workspace(const GradProblem& p);
 const char* depthwise_grad(const GradProblem& p, void* stream);
+
+// The input gradient of a depthwise convolution is a set of depthwise convolutions of the output's gradient, one per
+// phase of the stride: phase r of an axis gives input positions r, r + stride, ..., from the taps k for which
+// (r + padding - k * dilation) is a multiple of the stride, in descending order.
+inline Axis grad_input_axis(const Axis& forward, int64_t padding, int64_t phase) {
+    const int64_t stride = forward.step, dilation = forward.offset_step, kernel = forward.kernel;
+    const int64_t tap_step = stride / std::gcd(stride, dilation);
+    int64_t first = 0;
+    while (first < tap_step && (phase + padding - first * dilation) % stride != 0) ++first;
+    const int64_t taps = first < tap_step && first < kernel ? (kernel - 1 - first) / tap_step + 1 : 0;
+    Axis a{};
+    a.in_size = forward.out_size, a.in_stride = forward.out_stride;
+    a.out_size = (forward.in_size - phase + stride - 1) / stride, a.out_stride = forward.in_stride * stride;
+    a.step = 1;
+    a.offset_step = tap_step * dilation / stride;
+    a.offset = taps == 0 ? 0 : (phase + padding - first * dilation) / stride - (taps - 1) * a.offset_step;
+    a.kernel = kernel;
+    a.taps = taps;
+    a.tap = first + (taps - 1) * tap_step;
+    a.tap_step = -tap_step;
+    return a;
+}
 
 }  // namespace cuda
 }  // namespace weighted_conv
