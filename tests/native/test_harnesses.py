@@ -1,0 +1,70 @@
+"""The torch-free harnesses: every CPU algorithm at every ISA level, under sanitizers, and on emulated older processors."""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HARNESSES = sorted(path.name for path in Path(__file__).parent.glob("*_harness.cpp"))
+FLAGS = ["-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+LEVELS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
+EMULATED = {"baseline": "Nehalem", "avx2": "Haswell"}
+SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="the ISA levels are those of x86-64"),
+]
+
+
+def processor_has(level: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
+    needs = {"baseline": [], "avx2": ["avx2", "fma"], "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"]}
+    return all(flag in flags for flag in needs[level])
+
+
+def build(harness: str, level: str, flags: list[str], folder: Path) -> Path:
+    program = folder / f"{harness}.{level}"
+    command = ["g++", *FLAGS, *LEVELS[level], *flags, str(ROOT / "tests" / "native" / harness), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return program
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ASAN_OPTIONS": "detect_leaks=1"})
+    assert done.returncode == 0, f"{' '.join(command)} -> {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("harness", HARNESSES)
+def test_under_sanitizers(harness, level, tmp_path):
+    if not processor_has(level):
+        pytest.skip(f"this processor has no {level}")
+    run([str(build(harness, level, SANITIZERS, tmp_path))])
+
+
+@pytest.mark.parametrize("level", EMULATED)
+@pytest.mark.parametrize("harness", HARNESSES)
+def test_on_an_older_processor(harness, level, tmp_path):
+    """An instruction of a higher level, leaked into a lower one, is an illegal instruction here."""
+    emulator = shutil.which("qemu-x86_64")
+    if emulator is None:
+        pytest.skip("qemu-x86_64 (Debian: qemu-user) is not installed")
+    run([emulator, "-cpu", EMULATED[level], str(build(harness, level, ["-O2"], tmp_path))])
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx512"])
+def test_level_objects_share_no_symbols(level, tmp_path):
+    """A weak symbol in the object of one level could be the copy that all levels get."""
+    target = tmp_path / "cpu.o"
+    source = ROOT / "csrc" / "weighted_conv" / "cpu.cpp"
+    command = ["g++", "-O1", *FLAGS, *LEVELS[level], f"-DPDN_ISA={level}", "-c", str(source), "-o", str(target)]
+    subprocess.run(command, check=True, capture_output=True)
+    symbols = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
+    exported = [line for line in symbols.splitlines() if line[17:18] in "WVuTDBR"]
+    assert [line.split()[-1] for line in exported] == [f"pdn::weighted_conv::kernels_{level}"]
