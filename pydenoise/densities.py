@@ -32,8 +32,8 @@ def density(
             of extent 1 takes an empty list. The result is differentiable in coefficients that are tensors.
         kernel_size: odd ints, one per axis; a single int K stands for ``dims`` axes of extent K.
         dims: number of axes where ``kernel_size`` is one int; 2 unless given.
-        dtype, device: of the result. By default those of coefficients that are tensors; numbers are multiplied in float64
-            and rounded once, to torch's default dtype.
+        dtype, device: of the result. By default those of coefficients that are tensors; numbers are multiplied in
+            float64 and rounded once, to torch's default dtype.
 
     Returns:
         Tensor of shape ``kernel_size``.
@@ -94,8 +94,8 @@ def axis_coefficients(coefficients: Coefficients, kernel: tuple[int, ...]) -> li
     for axis, (half, extent) in enumerate(zip(lists, kernel, strict=True)):
         if half.numel() != extent // 2:
             raise ValueError(
-                f"density: axis {axis} of extent {extent} takes {extent // 2} coefficients (outermost first, without the "
-                f"centre's 1), got {half.numel()}"
+                f"density: axis {axis} of extent {extent} takes {extent // 2} coefficients (outermost first, without "
+                f"the centre's 1), got {half.numel()}"
             )
     return lists
 
