@@ -1,4 +1,4 @@
-"""The bench cases: one table per suite. Shapes derive from the correctness cases of ``pydenoise.testing`` where one exists.
+"""The bench cases: one table per suite. Shapes derive from the correctness cases of ``pydenoise.testing``.
 
 A bar says how much faster than a baseline a case is meant to be. Reports show whether it was met; nothing fails on it.
 """
@@ -13,7 +13,7 @@ from pydenoise.testing import CONV_CASES, ConvCase
 
 CONTIGUOUS, CHANNELS_LAST, PUBLISHED = "torch", "torch-channels-last", "published"
 ENGINES = ("inductor", "onnxruntime", "openvino")
-FP32_OURS = ("ours-cpu", "ours-cpu-cached", "ours-triton", "ours-cuda", "ours-cpu-winograd", "ours-fp32")
+FP32_OURS = ("ours-module", "ours-cpu", "ours-cpu-packed", "ours-triton", "ours-cuda", "ours-cpu-winograd", "ours-fp32")
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ _CORRECTNESS = {case.name: case for case in CONV_CASES}
 
 
 def _conv(like: str, name: str, **changes) -> ConvCase:
-    """A bench shape made from the correctness case ``like``, plain epilogue and channels_last unless ``changes`` say else."""
+    """A bench shape from the correctness case ``like``: no epilogue and channels_last unless ``changes`` say else."""
     defaults = {"strides": "channels_last", "activation": "none", "residual": False, "batch": 1}
     return replace(_CORRECTNESS[like], name=name, **(defaults | changes))
 
@@ -266,5 +266,6 @@ def network_cases(quick: bool = False) -> list[Case]:
         name, why = f"DnCNN gray {size}²", "17 layers of 64 channels at full resolution"
         cases.append(NetworkBench(name, "networks", why, _NETWORK_BARS, "DnCNN", dncnn, 1, size))
         name, why = f"FFDNet RGB {size}²", "12 layers of 96 channels at half resolution"
-        cases.append(NetworkBench(name, "networks", why, _NETWORK_BARS, "FFDNet", (("channels", 3),), 3, size, 25 / 255))
+        ffdnet = (("channels", 3),)
+        cases.append(NetworkBench(name, "networks", why, _NETWORK_BARS, "FFDNet", ffdnet, 3, size, 25 / 255))
     return cases

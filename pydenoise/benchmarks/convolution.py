@@ -100,14 +100,12 @@ def _inference(call: Callable[[], Tensor]) -> Contender:
 # ------------------------------------------------------------------------------------------------------------ ours
 
 
-def _ours(backend: str, precision: str = "fp32", matmul_precision: str = "highest"):
-    """The functional, which packs the weight at every call; 'high' lets it take the Winograd algorithm."""
+def _ours(backend: str, precision: str = "fp32"):
+    """The functional, which packs the weight at every call; at torch's default precision, the direct algorithm."""
 
     def prepare(case: Case, setting: Setting) -> Contender:
         (cpu_only if backend == "cpu" else gpu_only if backend in ("triton", "cuda") else lambda _: None)(setting)
         p = _problem(case, setting, precision, torch.channels_last)
-        if matmul_precision != "highest" and (p.conv.kernel != (3, 3) or p.groups != 1 or case.training):
-            raise Skip("Winograd is for 3x3 inference")
         rest = {"activation": p.conv.activation, "residual": p.residual, "backend": backend}
 
         def forward() -> Tensor:
@@ -115,9 +113,6 @@ def _ours(backend: str, precision: str = "fp32", matmul_precision: str = "highes
             return PF.weighted_conv2d(p.input, p.weight, density, p.bias, 1, p.padding, 1, p.groups, **rest)
 
         contender = _training_step(p, forward, _leaves(p)) if case.training else _inference(forward)
-        contender.run = _with_matmul_precision(contender.run, matmul_precision)
-        if contender.outputs:
-            contender.outputs = _with_matmul_precision(contender.outputs, matmul_precision)
         try:
             contender.run()
         except BackendUnavailable as error:
@@ -127,42 +122,35 @@ def _ours(backend: str, precision: str = "fp32", matmul_precision: str = "highes
     return prepare
 
 
-def _with_matmul_precision(call: Callable, wanted: str) -> Callable:
-    if torch.get_float32_matmul_precision() == wanted:
-        return call
-
-    def wrapped():
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(wanted)
-        try:
-            return call()
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return wrapped
-
-
-def _ours_cached(precision: str = "fp32", matmul_precision: str = "highest"):
-    """The module in eval mode, which keeps its weight packed."""
+def _ours_packed(precision: str = "fp32", algorithm: str = "direct"):
+    """The fused layer, which keeps its weight packed; "auto" lets it take the Winograd algorithm."""
 
     def prepare(case: Case, setting: Setting) -> Contender:
         cpu_only(setting)
         p = _problem(case, setting, precision, torch.channels_last)
         if case.training:
-            raise Skip("a cached weight is for inference")
-        if p.conv.activation != "none" or p.residual is not None:
-            raise Skip("the module has no fused epilogue")
-        if matmul_precision != "highest" and (p.conv.kernel != (3, 3) or p.groups != 1):
-            raise Skip("Winograd is for 3x3 inference")
-        from pydenoise.nn import WeightedConv2d
+            raise Skip("a packed weight is for inference")
+        from pydenoise.nn import FusedConv2d
 
-        module = WeightedConv2d.from_float(_torch_module(p), density=p.density).eval()
-        contender = _inference(lambda: module(p.input))
-        contender.run = _with_matmul_precision(contender.run, matmul_precision)
-        contender.outputs = _with_matmul_precision(contender.outputs, matmul_precision)
+        layer = FusedConv2d.from_float(_torch_module(p, folded=True), activation=p.conv.activation, algorithm=algorithm)
+        if algorithm == "auto" and layer.kernel != "winograd":
+            raise Skip(f"Winograd is not used here: the layer runs as {layer.kernel!r}")
+        contender = _inference(lambda: layer(p.input, p.residual))
+        contender.note = layer.kernel
         return contender
 
     return prepare
+
+
+def _ours_module(case: Case, setting: Setting) -> Contender:
+    """The drop-in module in eval mode, which caches its folded weight."""
+    p = _problem(case, setting, "fp32", torch.channels_last)
+    if case.training or p.conv.activation != "none" or p.residual is not None:
+        raise Skip("measured for inference without an epilogue")
+    from pydenoise.nn import WeightedConv2d
+
+    module = WeightedConv2d.from_float(_torch_module(p), density=p.density).eval()
+    return _inference(lambda: module(p.input))
 
 
 def _leaves(p: Problem, *, density: bool = True) -> dict[str, Tensor]:
@@ -282,10 +270,11 @@ CL, NCHW = torch.channels_last, torch.contiguous_format
 
 PROVIDERS = (
     Provider("ours-cpu", "ours cpu", _ours("cpu"), ours=True),
-    Provider("ours-cpu-cached", "ours cpu, packed weight", _ours_cached(), ours=True),
-    Provider("ours-cpu-winograd", "ours cpu winograd, packed", _ours_cached(matmul_precision="high"), ours=True),
+    Provider("ours-cpu-packed", "ours cpu, packed", _ours_packed(), ours=True),
+    Provider("ours-cpu-winograd", "ours cpu winograd", _ours_packed(algorithm="auto"), ours=True),
     Provider("ours-cpu-bf16", "ours cpu bf16", _ours("cpu", "bf16"), "bf16", ours=True),
-    Provider("ours-cpu-bf16-cached", "ours cpu bf16, packed", _ours_cached("bf16"), "bf16", ours=True),
+    Provider("ours-cpu-bf16-packed", "ours cpu bf16, packed", _ours_packed("bf16"), "bf16", ours=True),
+    Provider("ours-module", "ours WeightedConv2d", _ours_module, ours=True, default=False),
     Provider("ours-triton", "ours triton", _ours("triton"), ours=True),
     Provider("ours-triton-bf16", "ours triton bf16", _ours("triton", "bf16"), "bf16", ours=True),
     Provider("ours-cuda", "ours cuda", _ours("cuda"), ours=True),

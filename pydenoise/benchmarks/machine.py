@@ -14,7 +14,7 @@ import pydenoise
 from pydenoise._native import cuda_extension, extension
 
 PACKAGES = ("torch", "numpy", "triton", "onnxruntime", "openvino")
-VARIABLES = ("PYDENOISE_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_")
+VARIABLES = ("PYDENOISE_ISA", "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "LD_PRELOAD", "MALLOC_TRIM_THRESHOLD_")
 
 
 def describe_machine(threads: int, device: str) -> dict:

@@ -1,20 +1,22 @@
 """Interleaved timing in one process, and the statistics of it: medians, minima, paired ratios and their range.
 
-Contenders take turns, one sample each per round, in an order that rotates from round to round, so that drift of the
-machine (clock, neighbours) hits all of them alike; ratios are formed within a round, then summarised.
+Contenders take turns, one sample each per round, in an order that is drawn anew for each round, so that drift of the
+machine (clock, neighbours) and what the predecessor leaves behind hit all of them alike; ratios are formed within a
+round, then summarised.
 """
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-MIN_SAMPLE_SECONDS = 2e-3  # a sample of a fast call is a loop at least this long: the clock and the loop cost nothing then
+MIN_SAMPLE_SECONDS = 2e-3  # a sample of a fast call is a loop at least this long: clock and loop cost nothing then
 MAX_INNER = 2000
 MIN_ROUNDS = 5
-SETTLE_SECONDS = 2e-3  # thread pools spin for a while after work; the next contender starts when the last one's are asleep
+SETTLE_SECONDS = 5e-3  # thread pools spin for a while after work; the next contender starts when they are asleep
 WARM_UP_BELOW_SECONDS = 0.05  # an untimed call before a sample refills the caches; it is not worth it for long calls
 CONFIDENCE = 0.95
 
@@ -75,15 +77,16 @@ def interleave(
     clock: Callable[[], float] = time.perf_counter,
     settle_seconds: float = SETTLE_SECONDS,
 ) -> dict[str, Timing]:
-    """Time ``calls`` round-robin for up to ``rounds`` rounds, or until the budget is spent (but ``MIN_ROUNDS`` at least).
+    """Time ``calls`` in turns for up to ``rounds`` rounds, or until the budget is spent (but ``MIN_ROUNDS`` at least).
 
     ``samplers`` holds, for some of the names, a function that takes a sample itself and returns its seconds (a child
     process that times an import). ``synchronize`` waits for a device that runs asynchronously. The garbage collector is
     off while samples are taken.
     """
     samplers = samplers or {}
-    timings = {name: Timing(1 if name in samplers else _inner_loops(calls[name], synchronize, clock)) for name in calls}
-    names = list(calls)
+    inner = {name: 1 if name in samplers else _inner_loops(call, synchronize, clock) for name, call in calls.items()}
+    timings = {name: Timing(count) for name, count in inner.items()}
+    names, shuffle = list(calls), random.Random(0).shuffle
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -92,8 +95,8 @@ def interleave(
         for number in range(rounds):
             if number >= min(rounds, MIN_ROUNDS) and clock() - start > budget_seconds:
                 break
-            turn = number % len(names) if names else 0
-            for name in names[turn:] + names[:turn]:
+            shuffle(names)
+            for name in names:
                 if settle_seconds:
                     time.sleep(settle_seconds)
                 if name in samplers:

@@ -18,14 +18,20 @@ def build_network(case: NetworkBench) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return getattr(models, case.model)(**dict(case.arguments)).eval().requires_grad_(False)
+        network = getattr(models, case.model)(**dict(case.arguments)).eval().requires_grad_(False)
+        for module in network.modules():  # torch's default start lets the signal fade over many layers
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    if isinstance(network, models.DnCNN):
+        network.randomize_statistics()
+    return network
 
 
 def network_inputs(case: NetworkBench) -> tuple[Tensor, ...]:
     """A noisy picture of random values in [0, 1], and the noise level where the network takes one."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, case.channels, case.size, case.size, generator=generator)
-    return (image,) if case.sigma is None else (image, torch.full((1,), case.sigma))
+    return (image,) if case.sigma is None else (image, torch.full((1, 1, 1, 1), case.sigma))
 
 
 class _Bound(nn.Module):

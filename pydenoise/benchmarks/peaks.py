@@ -1,7 +1,7 @@
 """What the machine can do, measured in the same run as the cases: the floors are made of these numbers.
 
-Arithmetic comes from the compiled extension's register-only loops where it is built; otherwise a large matrix product of
-torch stands in for it (and is labelled so), which understates the peak and so flatters the fraction of the floor.
+Arithmetic comes from the compiled extension's register-only loops where it is built; otherwise a large matrix product
+of torch stands in for it (and is labelled so), which understates the peak and so flatters the fraction of the floor.
 """
 
 import time

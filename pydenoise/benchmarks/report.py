@@ -2,12 +2,21 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+CAPTION = (
+    "time: median; vs: how many times faster ours is: median over the rounds (and its range, on wide terminals), then "
+    "the ratio of the best samples, which is the one to trust on a busy machine; "
+    "A/A: a contender over itself, the noise of this run; error: against float64, relative to the largest value"
+)
+RANGES_FROM_WIDTH = 170
+PIPED_WIDTH = 240
+VERDICT_MARK = {"met": "✓", "missed": "✗", "undecided": "?"}
 VERDICT_STYLE = {"met": "green", "missed": "red", "undecided": "yellow"}
 
 
@@ -21,50 +30,53 @@ def seconds_text(seconds: float) -> str:
 
 def print_tables(result: dict, console: Console | None = None) -> None:
     """One table per group: a row for each case and provider of ours, a column for each provider it is compared with."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
     _print_machine(result, console)
     groups: dict[str, list[dict]] = {}
     for record in result["cases"]:
         groups.setdefault(record["group"], []).append(record)
+    ranges = console.width >= RANGES_FROM_WIDTH
     for group, records in groups.items():
-        console.print(_group_table(result, group, records))
+        console.print(_group_table(result, group, records, ranges))
+    console.print(CAPTION, style="dim", highlight=False)
     _print_troubles(result, console)
 
 
 def _print_machine(result: dict, console: Console) -> None:
     machine, peaks = result["machine"], result["peaks"]
-    console.print(f"[bold]{result['suite']}[/bold]  {machine['gpu'] or machine['cpu']}, {machine['threads']} threads, "
-                  f"torch {machine['versions']['torch']}", highlight=False)  # fmt: skip
+    load = f", load average {machine['load_average'][0]:.1f} at the start" if machine["load_average"] else ""
+    where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads, torch {machine['versions']['torch']}"
+    console.print(f"[bold]{result['suite']}[/bold]  {where}{load}", highlight=False)
     copies = ", ".join(f"{rate / 1e9:.0f} GB/s at {int(size) >> 20} MiB" for size, rate in peaks["copy"].items())
-    text = f"peaks: fp32 {peaks['fma_f32'] / 1e9:.0f} GFLOP/s, bf16 {peaks['bf16_dot'] / 1e9:.0f} GFLOP/s, copy {copies}"
-    console.print(text, highlight=False)
+    arithmetic = f"fp32 {peaks['fma_f32'] / 1e9:.0f} GFLOP/s, bf16 {peaks['bf16_dot'] / 1e9:.0f} GFLOP/s"
+    console.print(f"peaks: {arithmetic}, copy {copies}", highlight=False)
     for kind in ("fma_f32", "bf16_dot"):
         console.print(f"  {kind}: {peaks['source'][kind]}", style="dim", highlight=False)
 
 
-def _group_table(result: dict, group: str, records: list[dict]) -> Table:
+def _group_table(result: dict, group: str, records: list[dict], ranges: bool) -> Table:
     providers = result["providers"]
     timed = {name for record in records for name, state in record["providers"].items() if "timing" in state}
     ours = [name for name in providers if name in timed and providers[name]["ours"]]
     others = [name for name in providers if name in timed and not providers[name]["ours"]]
     shared = others if ours else others[1:]
-    caption = "median; in the provider columns: how many times faster ours is (range of the median); A/A: ours over itself"
-    table = Table(title=group, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=group, title_justify="left")
     for heading in ("case", "provider", "time", "best", "of floor", "error"):
-        table.add_column(heading, justify="left" if heading in ("case", "provider") else "right")
+        table.add_column(heading, justify="left" if heading in ("case", "provider") else "right", no_wrap=True)
     for name in shared:
         table.add_column("vs " + providers[name]["label"], justify="right")
-    for heading in ("A/A", "bars"):
-        table.add_column(heading)
+    table.add_column("A/A")
+    table.add_column("bars", no_wrap=True)
     for record in records:
         subjects = [name for name in ours if "timing" in record["providers"][name]]
         subjects = subjects or [name for name in others if "timing" in record["providers"][name]]
         for number, name in enumerate(subjects):
             label = record["name"] if number == 0 else ""
-            control = _control_text(record) if number == 0 else ""
-            ratios = [_ratio_text(record, name, other) for other in shared]
+            control = _control_text(record, ranges) if number == 0 else ""
+            ratios = [_ratio_text(record, name, other, ranges) for other in shared]
             state = record["providers"][name]
-            table.add_row(label, providers[name]["label"], *_state_texts(state), *ratios, control, _bars_text(record, name))
+            bars = _bars_text(result, record, name)
+            table.add_row(label, providers[name]["label"], *_state_texts(state), *ratios, control, bars)
         table.add_section()
     return table
 
@@ -79,33 +91,40 @@ def _state_texts(state: dict) -> tuple[str, str, str, str]:
     )
 
 
-def _ratio_text(record: dict, name: str, other: str) -> Text:
+def _ratio_text(record: dict, name: str, other: str, ranges: bool) -> Text:
     comparison = record["comparisons"].get(name, {}).get(other)
     if comparison is None:
         return Text("")
     if record["group"] == "overhead":
         extra = comparison["extra_s"]
-        return Text(f"{extra['median'] * 1e6:+.1f} µs ({extra['low'] * 1e6:+.1f} to {extra['high'] * 1e6:+.1f})")
+        text = f" ({extra['low'] * 1e6:+.1f} to {extra['high'] * 1e6:+.1f})" if ranges else ""
+        return Text(f"{extra['median'] * 1e6:+.1f} µs{text}")
     ratio = comparison["speedup"]
     style = "green" if ratio["low"] > 1 else "red" if ratio["high"] < 1 else ""
-    return Text(f"{ratio['median']:.2f}× ({ratio['low']:.2f}–{ratio['high']:.2f})", style=style)
+    text = Text(f"{ratio['median']:.2f}×{_range_text(ratio) if ranges else ''}", style=style)
+    return text.append(f"\nbest {ratio['of_minima']:.2f}×", style="dim")
 
 
-def _control_text(record: dict) -> str:
+def _range_text(ratio: dict) -> str:
+    return f" ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def _control_text(record: dict, ranges: bool) -> str:
     if record["control"] is None:
         return ""
     ratio = record["control"]["speedup"]
-    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+    return f"{ratio['median']:.2f}{_range_text(ratio) if ranges else ''}"
 
 
-def _bars_text(record: dict, name: str) -> Text:
+def _bars_text(result: dict, record: dict, name: str) -> Text:
     text = Text()
     for bar in record["bars"]:
         if bar["subject"] != name:
             continue
         target = f"≥{bar['target']:.2f}×" if bar["kind"] == "speedup" else f"≤{seconds_text(bar['target'])}"
-        text.append(f"{target} {bar['against'] or ''} {bar['verdict']}\n", style=VERDICT_STYLE[bar["verdict"]])
-    text.rstrip()
+        against = result["providers"][bar["against"]]["label"] if bar["against"] else ""
+        line = f"{VERDICT_MARK[bar['verdict']]} {target} {against}".rstrip()
+        text.append(("\n" if text else "") + line, style=VERDICT_STYLE[bar["verdict"]])
     return text
 
 

@@ -11,16 +11,17 @@ checked against float64, the floor of each case from peaks measured in the same 
 def add_parser(subparsers) -> None:
     """Add the ``bench`` command."""
     parser = subparsers.add_parser("bench", help="time the kernels beside other libraries", description=DESCRIPTION)
-    parser.add_argument("suite", nargs="?", metavar="SUITE", help="weighted_conv or networks (default: all)")
-    parser.add_argument("--quick", action="store_true", help="a few tiny cases and rounds: shows that everything runs")
-    parser.add_argument("--repeats", type=_positive(int), metavar="N", help="rounds per case (default: 15; quick: 3)")
-    budget = "stop a case after this many seconds of rounds, but after 5 rounds at least (default: 12)"
-    parser.add_argument("--seconds", type=_positive(float), metavar="S", default=12.0, help=budget)
-    parser.add_argument("--providers", type=_names, metavar="A,B", help="only these; names that are not known are listed")
-    parser.add_argument("--cases", metavar="PATTERN", help='only these groups or cases, for example "training" or "*/3x3*"')
-    parser.add_argument("--threads", type=_positive(int), metavar="N", help="threads for every provider (default: torch's)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--out", type=Path, metavar="DIR", default=Path("bench/out"), help="for JSON and plot (bench/out)")
+    add = parser.add_argument
+    add("suite", nargs="?", metavar="SUITE", help="weighted_conv or networks (default: all)")
+    add("--quick", action="store_true", help="a few tiny cases and rounds: shows that everything runs")
+    add("--repeats", type=_positive(int), metavar="N", help="rounds per case (default: 15; quick: 3)")
+    budget = "end a case after this many seconds of rounds, but after 5 rounds at least (default: 12)"
+    add("--seconds", type=_positive(float), metavar="S", default=12.0, help=budget)
+    add("--providers", type=_names, metavar="A,B", help="only these; an unknown name is answered with the known ones")
+    add("--cases", metavar="PATTERN", help='only these groups or cases, for example training or "*/3x3*"')
+    add("--threads", type=_positive(int), metavar="N", help="threads for every provider (default: torch's)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add("--out", type=Path, metavar="DIR", default=Path("bench/out"), help="for JSON and plot (default: bench/out)")
     parser.set_defaults(run=run)
 
 
