@@ -11,9 +11,9 @@ from pathlib import Path
 
 SOURCES = ["csrc/weighted_conv/cuda.cu"]
 BINDINGS = ["csrc/bindings/cuda.cpp"]
-# sm_80 code also runs on 8.6 and 8.9, sm_90 on H100 and H200; newer ones compile the PTX of the last when they first load
-# the library. Every further architecture adds about ten seconds of one core to an installation, and no kernel so far uses
-# an instruction of the `a` variants.
+# sm_80 code also runs on 8.6 and 8.9, sm_90 on H100 and H200; newer ones compile the PTX of the last when they first
+# load the library. Every further architecture adds about ten seconds of one core to an installation, and no kernel so
+# far uses an instruction of the `a` variants.
 DEFAULT_ARCHS = "80,90"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 
