@@ -35,6 +35,7 @@ PER_ISA_SOURCES = ["csrc/weighted_conv/cpu.cpp", "csrc/core/peaks_isa.cpp"]
 SOURCES = [
     "csrc/core/isa.cpp",
     "csrc/core/threads.cpp",
+    "csrc/core/pool.cpp",
     "csrc/core/peaks.cpp",
     "csrc/weighted_conv/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
@@ -115,7 +116,7 @@ class BuildKernels(build_ext):
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
         link = [compiler, "-shared", *sanitize, *(str(target) for target, _ in jobs), "-o", str(library)]
-        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-pthread"]
+        libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10", "-pthread", "-ldl"]
         self._run([*link, *libraries])
 
     @staticmethod

@@ -10,6 +10,7 @@
 
 #include "../core/isa.h"
 #include "../core/peaks.h"
+#include "../core/pool.h"
 #include "../core/threads.h"
 #include "../weighted_conv/dispatch.h"
 
@@ -95,6 +96,9 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("isa"), py::arg("index"));
     m.def("build_info", &build_info);
+    m.def("pool_limit", &pdn::pool_limit, "Bytes of unused output buffers that may be kept (PYDENOISE_POOL_MIB).");
+    m.def("pool_unused", &pdn::pool_unused, "Bytes of output buffers that are kept for reuse now.");
+    m.def("pool_clear", &pdn::pool_clear, "Free the output buffers that are kept for reuse.");
     m.def(
         "measure_peak",
         [](const std::string& what, double seconds, int threads) {

@@ -1,6 +1,7 @@
 // Helpers between torch tensors (stable ABI) and raw pointers.
 #pragma once
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,26 +11,49 @@
 #include <optional>
 #include <vector>
 
+#include "../core/pool.h"
+
 namespace pdn {
 namespace bindings {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes.
+// torch_from_blob came with torch 2.11; under 2.10 every tensor comes from torch's own allocator.
+using FromBlob = AOTITorchError (*)(void*, int64_t, const int64_t*, const int64_t*, int64_t, int32_t, int32_t, int32_t,
+                                    AtenTensorHandle*, int32_t, const uint8_t*, int64_t, void (*)(void*, void*), void*);
+
+inline FromBlob from_blob_with_deleter() {
+    static const auto function = reinterpret_cast<FromBlob>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+    return function;
+}
+
+// An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes. Large ones
+// come from the pool of buffers and go back to it.
 inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) {
+    const int64_t dims = static_cast<int64_t>(shape.size());
     std::vector<int64_t> strides(shape.size());
-    int64_t stride = shape[1];
+    int64_t elements = shape[1];
     for (size_t axis = shape.size() - 1; axis >= 2; --axis) {
-        strides[axis] = stride;
-        stride *= shape[axis];
+        strides[axis] = elements;
+        elements *= shape[axis];
     }
     strides[1] = 1;
-    strides[0] = stride;
+    strides[0] = elements;
+    elements *= shape[0];
+    const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    const int64_t bytes = elements * (dtype == ScalarType::BFloat16 ? 2 : 4);
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                                                           torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    if (bytes >= kPoolSmallest && pool_limit() > 0 && from_blob_with_deleter() != nullptr) {
+        void* data = pool_take(bytes);
+        STD_TORCH_CHECK(data != nullptr, "out of memory: an output of ", bytes, " bytes");
+        STABLE_TORCH_ERROR_CODE_CHECK(from_blob_with_deleter()(
+            data, dims, shape.data(), strides.data(), 0, type, aoti_torch_device_type_cpu(), -1, &handle,
+            aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { pool_give(memory); }, nullptr));
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.data(), strides.data(), type,
+                                                               aoti_torch_device_type_cpu(), 0, &handle));
+    }
     return Tensor(handle);
 }
 
