@@ -122,9 +122,20 @@ class NetworkBench(Case):
     channels: int = 1
     size: int = 256
     sigma: float | None = None
+    layers: tuple[tuple[int, int], ...] = ()  # channels in and out of its 3x3 convolutions
+    scale: int = 1  # they work at 1/scale of the picture's resolution
+
+    def flops(self) -> float:
+        """Of its convolutions, by the direct algorithm."""
+        return 2.0 * (self.size / self.scale) ** 2 * 9 * sum(a * b for a, b in self.layers)
+
+    def floor_seconds(self, peaks: Peaks, precision: str) -> float | None:
+        """Arithmetic only: in a network that keeps its activations in the caches, it is what remains."""
+        return self.flops() / peaks.flops(precision)
 
     def describe(self) -> dict:
         return super().describe() | {
+            "flops": self.flops(),
             "model": self.model,
             "arguments": dict(self.arguments),
             "input": [1, self.channels, self.size, self.size],
@@ -257,6 +268,10 @@ _NETWORK_BARS = (
 )
 
 
+def _chain(*widths: int) -> tuple[tuple[int, int], ...]:
+    return tuple(zip(widths[:-1], widths[1:], strict=True))
+
+
 def network_cases(quick: bool = False) -> list[Case]:
     """Suite ``networks``: image denoisers with random weights (the weights do not change the time)."""
     sizes = (32,) if quick else (256, 512)
@@ -264,8 +279,12 @@ def network_cases(quick: bool = False) -> list[Case]:
     cases: list[Case] = []
     for size in sizes:
         name, why = f"DnCNN gray {size}²", "17 layers of 64 channels at full resolution"
-        cases.append(NetworkBench(name, "networks", why, _NETWORK_BARS, "DnCNN", dncnn, 1, size))
+        widths = _chain(1, *[64] * 16, 1)
+        cases.append(NetworkBench(name, "networks", why, _NETWORK_BARS, "DnCNN", dncnn, 1, size, layers=widths))
         name, why = f"FFDNet RGB {size}²", "12 layers of 96 channels at half resolution"
         ffdnet = (("channels", 3),)
-        cases.append(NetworkBench(name, "networks", why, _NETWORK_BARS, "FFDNet", ffdnet, 3, size, 25 / 255))
+        widths = _chain(13, *[96] * 11, 12)
+        cases.append(
+            NetworkBench(name, "networks", why, _NETWORK_BARS, "FFDNet", ffdnet, 3, size, 25 / 255, widths, scale=2)
+        )
     return cases

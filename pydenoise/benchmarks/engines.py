@@ -14,15 +14,24 @@ OPSET = 17
 
 
 def export_onnx(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
-    """``module`` as an ONNX graph. The tracing exporter is used: it needs no package beside torch and onnx."""
+    """``module`` as an ONNX graph for inputs of these shapes.
+
+    torch.export makes the shapes constant, which the argument checks of a module need; then the tracing exporter is
+    used, because it takes no package beside torch and onnx.
+    """
     require("onnx")
     buffer = io.BytesIO()
-    names = [f"input{i}" for i in range(len(inputs))]
+    options = {
+        "input_names": [f"input{i}" for i in range(len(inputs))],
+        "output_names": ["output"],
+        "opset_version": OPSET,
+        "training": torch.onnx.TrainingMode.PRESERVE,  # an exported program has no train() and eval()
+        "dynamo": False,
+    }
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecation of the tracing exporter, constants in traced shapes
-        torch.onnx.export(
-            module, tuple(inputs), buffer, dynamo=False, input_names=names, output_names=["output"], opset_version=OPSET
-        )
+        fixed = torch.export.export(module, tuple(inputs)).module(check_guards=False)
+        torch.onnx.export(fixed, tuple(inputs), buffer, **options)
     return buffer.getvalue()
 
 

@@ -16,6 +16,7 @@ CAPTION = (
 )
 RANGES_FROM_WIDTH = 170
 PIPED_WIDTH = 240
+NOISY_ABOVE = 1.1  # of the A/A ratio
 VERDICT_MARK = {"met": "✓", "missed": "✗", "undecided": "?"}
 VERDICT_STYLE = {"met": "green", "missed": "red", "undecided": "yellow"}
 
@@ -39,6 +40,7 @@ def print_tables(result: dict, console: Console | None = None) -> None:
     for group, records in groups.items():
         console.print(_group_table(result, group, records, ranges))
     console.print(CAPTION, style="dim", highlight=False)
+    _print_noise(result, console)
     _print_troubles(result, console)
 
 
@@ -59,7 +61,7 @@ def _group_table(result: dict, group: str, records: list[dict], ranges: bool) ->
     timed = {name for record in records for name, state in record["providers"].items() if "timing" in state}
     ours = [name for name in providers if name in timed and providers[name]["ours"]]
     others = [name for name in providers if name in timed and not providers[name]["ours"]]
-    shared = others if ours else others[1:]
+    shared = others if ours else []
     table = Table(title=group, title_justify="left")
     for heading in ("case", "provider", "time", "best", "of floor", "error"):
         table.add_column(heading, justify="left" if heading in ("case", "provider") else "right", no_wrap=True)
@@ -126,6 +128,15 @@ def _bars_text(result: dict, record: dict, name: str) -> Text:
         line = f"{VERDICT_MARK[bar['verdict']]} {target} {against}".rstrip()
         text.append(("\n" if text else "") + line, style=VERDICT_STYLE[bar["verdict"]])
     return text
+
+
+def _print_noise(result: dict, console: Console) -> None:
+    """Say so where contenders did not even agree with themselves."""
+    controls = [record["control"]["speedup"] for record in result["cases"] if record["control"]]
+    noisy = [ratio for ratio in controls if not 1 / NOISY_ABOVE < ratio["median"] < NOISY_ABOVE]
+    if noisy:
+        text = f"noise: in {len(noisy)} of {len(controls)} cases a contender differs from itself by more than "
+        console.print(f"{text}{NOISY_ABOVE - 1:.0%}: the machine is busy, trust only the best samples", style="yellow")
 
 
 def _print_troubles(result: dict, console: Console) -> None:

@@ -3,6 +3,9 @@
 import argparse
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +129,15 @@ def test_work_of_a_case_by_hand():
     assert case.moved_bytes("fp32") == 4 * (2 * 64 * 64 * 64 + 64 * 64 * 9)
     training = next(c for c in cases.weighted_conv_cases() if c.training and "3x3 64→64" in c.name)
     assert training.flops() == 3 * 2 * 8 * 32 * 32 * 64 * 64 * 9
+
+
+def test_work_of_the_networks_is_that_of_their_modules():
+    from pydenoise.benchmarks.networks import build_network
+
+    for case in cases.network_cases(quick=True):
+        convolutions = [m for m in build_network(case).modules() if isinstance(m, torch.nn.Conv2d)]
+        assert [(m.in_channels, m.out_channels) for m in convolutions] == list(case.layers)
+        assert all(m.kernel_size == (3, 3) for m in convolutions)
 
 
 @pytest.mark.parametrize(
@@ -276,3 +288,17 @@ def test_bad_numbers_are_refused_by_the_parser(words, capsys):
         _command("weighted_conv", *words)
     assert stop.value.code == 2
     assert "expected" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------- pytest-benchmark
+
+
+def test_the_pytest_benchmark_entry_points_run(tmp_path):
+    folder, written = Path(__file__).parents[2] / "bench", tmp_path / "times.json"
+    words = ["--quick", "--benchmark-only", "--benchmark-max-time=0.01", f"--benchmark-json={written}"]
+    chosen = ["-k", "skinny and (torch-channels-last or ours-triton)", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(folder), *words, *chosen]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (entry,) = json.loads(written.read_text())["benchmarks"]
+    assert entry["extra_info"]["provider"] == "torch-channels-last"
