@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(module is None, reason=str(_native.extension().r
 
 def large_output(value: float) -> torch.Tensor:
     """A 1 MiB output of the cpu backend, every entry ``value``."""
-    x = torch.full((1, 4, 256, 256), value)
+    x = torch.full((1, 4, 256, 256), value).contiguous(memory_format=torch.channels_last)
     return PF.weighted_conv2d(x, torch.eye(4).view(4, 4, 1, 1), None, backend="cpu")
 
 
