@@ -306,6 +306,7 @@ struct SkinnyOut {
             if (channels <= 0) break;
             const float* weights = shared + first;
             const T* origin = static_cast<const T*>(p.input) + tile.n * p.in_batch_stride + stage + first;
+#pragma unroll 1
             for (int kd = 0; kd < static_cast<int>(az->taps); ++kd) {
                 const int64_t iz = input_position(*az, tile.z, kd);
 #pragma unroll 1
@@ -315,7 +316,7 @@ struct SkinnyOut {
                     const T* base = origin + iz * az->in_stride + iy * ay->in_stride;
                     Float4 window[kWindow];
                     if constexpr (KW > 0) {
-                        load_row<true>(window, base, *ax, x + ax->offset, 1, plan.vector_in, channels);
+                        load_row<true>(window, base, *ax, x + ax->offset, 1, true, channels);
 #pragma unroll
                         for (int kx = 0; kx < KW; ++kx) add_tap(window, kx, weights, kx, plan.group_channels, acc);
                     } else {
@@ -564,10 +565,10 @@ struct DepthwiseGrad {
             const T* grad = static_cast<const T*>(p.grad) + n * p.grad_batch_stride + z * az.out_stride +
                             y * ay.out_stride + channel;
             const Axis out_axis{ax.out_size, 0, ax.out_stride};
-            load_row<true>(dy, grad, out_axis, x, 1, plan.vector, channels);
+            load_row<true>(dy, grad, out_axis, x, 1, KW > 1 || plan.vector, channels);
             const T* input = static_cast<const T*>(p.input) + n * p.in_batch_stride + iz * az.in_stride +
                              iy * ay.in_stride + channel;
-            load_row<(KW > 1)>(window, input, ax, input_position(ax, x, kx0), ax.step, plan.vector, channels);
+            load_row<(KW > 1)>(window, input, ax, input_position(ax, x, kx0), ax.step, KW > 1 || plan.vector, channels);
 #pragma unroll
             for (int kx = 0; kx < KW; ++kx)
 #pragma unroll
@@ -702,8 +703,8 @@ const char* plan_skinny_out(const Problem& p, Plan& plan) {
     if (p.out_channels > kMaxSkinny) return "C_out is larger than 4";
     const int64_t taps = all_taps(p.axis);
     plan.taps = static_cast<int>(taps);
-    plan.fast = p.axis[2].taps == 3 && unit_steps(p.axis[2]);
     plan.vector_in = vector_input(p), plan.vector_out = false;
+    plan.fast = p.axis[2].taps == 3 && unit_steps(p.axis[2]) && plan.vector_in;
     const int64_t channel_bytes = taps * skinny_out_columns(p, plan.fast) * 4;
     if (channel_bytes * kChannelBlock > kMaxSharedBytes) return kTooManyTaps;
     const int64_t wish = (40 << 10) / channel_bytes / kChannelBlock * kChannelBlock;
@@ -731,9 +732,11 @@ const char* plan_depthwise(const Problem& p, Plan& plan) {
 const char* kNoGradPlan = "the gradient needs more than 2^31 blocks or rows";
 
 const char* plan_depthwise_grad(const GradProblem& p, GradPlan& plan) {
-    const Axis *a = p.axis;
+    const Axis* a = p.axis;
     const int64_t width = a[2].taps, limit = 0x7fffffff;
-    const bool fast = (width == 3 || width == 5 || width == 7) && unit_steps(a[2]);
+    plan.vector = vectors(p.input, p.storage, p.channels, p.in_batch_stride, a[0].in_stride, a[1].in_stride, a[2].in_stride) &&
+                  vectors(p.grad, p.storage, p.channels, p.grad_batch_stride, a[0].out_stride, a[1].out_stride, a[2].out_stride);
+    const bool fast = (width == 3 || width == 5 || width == 7) && unit_steps(a[2]) && plan.vector;
     plan.kernel_w = static_cast<int>(width), plan.kernel_h = static_cast<int>(a[1].taps);
     plan.taps = static_cast<int>(all_taps(p.axis));
     plan.tap_rows = fast ? static_cast<int>(a[0].taps * a[1].taps) : plan.taps;
@@ -747,8 +750,6 @@ const char* plan_depthwise_grad(const GradProblem& p, GradPlan& plan) {
     plan.slabs = static_cast<int>(filled < useful ? filled : useful);
     if (plan.slabs < 1) plan.slabs = 1;
     if (others * plan.slabs > limit) return kNoGradPlan;
-    plan.vector = vectors(p.input, p.storage, p.channels, p.in_batch_stride, a[0].in_stride, a[1].in_stride, a[2].in_stride) &&
-                  vectors(p.grad, p.storage, p.channels, p.grad_batch_stride, a[0].out_stride, a[1].out_stride, a[2].out_stride);
     return nullptr;
 }
 
