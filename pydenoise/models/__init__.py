@@ -1,0 +1,6 @@
+"""Denoising networks in plain torch: what ``pydenoise.accelerate`` is shown and measured on."""
+
+from pydenoise.models.dncnn import DnCNN
+from pydenoise.models.ffdnet import FFDNet, WeightsError, load_ffdnet
+
+__all__ = ["DnCNN", "FFDNet", "WeightsError", "load_ffdnet"]
