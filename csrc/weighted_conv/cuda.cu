@@ -521,6 +521,7 @@ struct GradPlan {
     int groups, tap_rows, slabs, kernel_w;
     int taps, kernel_h;
     int64_t runs_x, runs;  // runs of four pixels in a row, and in all
+    int step_rows, step_runs;  // a worker's step of kWorkers runs, as whole rows and a rest
     bool vector;
 };
 
@@ -552,13 +553,16 @@ struct DepthwiseGrad {
         const int64_t per_slab = (plan.runs + plan.slabs - 1) / plan.slabs;
         const int64_t end = min64(plan.runs, (slab + 1) * per_slab);
         const int64_t channels = p.channels - channel;
-        for (int64_t i = slab * per_slab + worker; i < end; i += kWorkers) {
-            uint32_t row = static_cast<uint32_t>(i / plan.runs_x);
-            const int64_t x = (i - row * plan.runs_x) * kRun;
-            const uint32_t y = row % static_cast<uint32_t>(ay.out_size);
-            row /= static_cast<uint32_t>(ay.out_size);
-            const uint32_t z = row % static_cast<uint32_t>(az.out_size);
-            const int64_t n = row / static_cast<uint32_t>(az.out_size);
+        const int64_t start = slab * per_slab + worker;
+        uint32_t line_out = static_cast<uint32_t>(start / plan.runs_x);  // row of the output, over the whole batch
+        int64_t run = start % plan.runs_x;
+        for (int64_t i = start; i < end; i += kWorkers, line_out += plan.step_rows, run += plan.step_runs) {
+            if (run >= plan.runs_x) run -= plan.runs_x, ++line_out;  // instead of a 64-bit division per run
+            const int64_t x = run * kRun;
+            const uint32_t y = line_out % static_cast<uint32_t>(ay.out_size);
+            const uint32_t rest = line_out / static_cast<uint32_t>(ay.out_size);
+            const uint32_t z = rest % static_cast<uint32_t>(az.out_size);
+            const int64_t n = rest / static_cast<uint32_t>(az.out_size);
             const int64_t iz = input_position(az, z, kd), iy = input_position(ay, y, ky);
             if (!inside(iz, az.in_size) || !inside(iy, ay.in_size)) continue;
             Float4 dy[kRun], window[kRun + KW - 1];
@@ -742,6 +746,7 @@ const char* plan_depthwise_grad(const GradProblem& p, GradPlan& plan) {
     plan.tap_rows = fast ? static_cast<int>(a[0].taps * a[1].taps) : plan.taps;
     plan.groups = static_cast<int>((p.channels + kChannelBlock - 1) / kChannelBlock);
     plan.runs_x = (a[2].out_size + kRun - 1) / kRun;
+    plan.step_rows = static_cast<int>(kWorkers / plan.runs_x), plan.step_runs = static_cast<int>(kWorkers % plan.runs_x);
     const double rows = static_cast<double>(p.batch) * a[0].out_size * a[1].out_size;
     if (rows > limit) return kNoGradPlan;
     plan.runs = static_cast<int64_t>(rows) * plan.runs_x;
