@@ -1,4 +1,5 @@
 // Compiled once per ISA level: PDN_ISA names the level, and the one exported symbol carries the name.
+#include "depthwise_grad.inl"
 #include "grad_weight.inl"
 #include "kernel.inl"
 #include "params.h"
@@ -19,7 +20,7 @@ constexpr Algorithm kAlgorithms[] = {
 #endif
 };
 
-constexpr GradAlgorithm kGradAlgorithms[] = {kGradDirect};
+constexpr GradAlgorithm kGradAlgorithms[] = {kGradDepthwise, kGradDirect};
 
 }  // namespace
 
