@@ -130,7 +130,7 @@ def _ours_packed(precision: str = "fp32", algorithm: str = "direct"):
         p = _problem(case, setting, precision, torch.channels_last)
         if case.training:
             raise Skip("a packed weight is for inference")
-        from pydenoise.nn import FusedConv2d
+        from pydenoise.nn.fused_conv import FusedConv2d
 
         layer = FusedConv2d.from_float(_torch_module(p, folded=True), activation=p.conv.activation, algorithm=algorithm)
         if algorithm == "auto" and layer.kernel != "winograd":

@@ -16,7 +16,7 @@ CAPTION = (
 )
 RANGES_FROM_WIDTH = 170
 PIPED_WIDTH = 240
-NOISY_ABOVE = 1.1  # of the A/A ratio
+NOISY_ABOVE = 1.15  # of the A/A ratio's range
 VERDICT_MARK = {"met": "✓", "missed": "✗", "undecided": "?"}
 VERDICT_STYLE = {"met": "green", "missed": "red", "undecided": "yellow"}
 
@@ -133,9 +133,9 @@ def _bars_text(result: dict, record: dict, name: str) -> Text:
 def _print_noise(result: dict, console: Console) -> None:
     """Say so where contenders did not even agree with themselves."""
     controls = [record["control"]["speedup"] for record in result["cases"] if record["control"]]
-    noisy = [ratio for ratio in controls if not 1 / NOISY_ABOVE < ratio["median"] < NOISY_ABOVE]
+    noisy = [ratio for ratio in controls if ratio["low"] < 1 / NOISY_ABOVE or ratio["high"] > NOISY_ABOVE]
     if noisy:
-        text = f"noise: in {len(noisy)} of {len(controls)} cases a contender differs from itself by more than "
+        text = f"noise: in {len(noisy)} of {len(controls)} cases the range of A/A reaches beyond "
         console.print(f"{text}{NOISY_ABOVE - 1:.0%}: the machine is busy, trust only the best samples", style="yellow")
 
 
