@@ -194,13 +194,13 @@ def write_plot(result: dict, folder: Path) -> Path:
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}×")
     axes.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(rows), 1) - 0.4, -0.6)  # the first case at the top
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("how many times faster ours is (right of the line: ours is faster)")
     machine = result["machine"]
     axes.set_title(f"{result['suite']}: {machine['gpu'] or machine['cpu']}, {machine['threads']} threads", fontsize=9)
     if others:
-        axes.legend(fontsize=7, ncols=min(len(others), 6), loc="upper center", bbox_to_anchor=(0.5, -0.09))
+        figure.legend(fontsize=7, ncols=min(len(others), 6), loc="outside upper center")
     path = folder / f"{_stem(result)}.png"
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
