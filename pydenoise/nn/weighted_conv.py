@@ -87,11 +87,30 @@ class _Fingerprint:
 class _Cache(NamedTuple):
     """The weight as the inference path wants it, and what it was made from."""
 
-    fingerprints: tuple[_Fingerprint, ...]
-    dtype: torch.dtype
-    algorithm: str
+    key: tuple
+    weight: _Fingerprint
+    density: _Fingerprint | None
     packed: op.PackedWeight | None
     folded: Tensor | None  # weight * density, where no backend packs
+    padding: tuple[int, ...]  # (low, high) per axis
+
+    def holds_for(self, key: tuple, weight: Tensor, density: Tensor | None) -> bool:
+        if self.key != key or not self.weight.holds_for(weight) or (density is None) != (self.density is None):
+            return False
+        return density is None or self.density.holds_for(density)
+
+
+def _may_cache(input: Tensor, weight: Tensor, density: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a call may use a weight packed by an earlier one: plain CPU tensors, no gradients, no tracing."""
+    gradients = torch.is_grad_enabled()
+    for tensor in (input, weight, density, bias):
+        if tensor is None:
+            continue
+        if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or (gradients and tensor.requires_grad):
+            return False
+    if weight.is_inference() or (density is not None and density.is_inference()):  # they have no version counter
+        return False
+    return input.layout is torch.strided and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 class _WeightedConvNd(_ConvNd):
@@ -196,66 +215,52 @@ class _WeightedConvNd(_ConvNd):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = 0
-        if self._may_cache(input):
-            return self._forward_cached(input, padding)
+        if not (self.training or torch.compiler.is_compiling()):
+            y = self._forward_cached(input, padding)
+            if y is not None:
+                return y
         density = self.density_function()
-        convolve = _FUNCTIONS[self.dims]
-        return convolve(input, self.weight, density, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self._convolve(input, self.weight, density, self.bias, padding)
 
-    def _may_cache(self, input: Tensor) -> bool:
-        """Whether this call may use a weight packed by an earlier one: plain CPU tensors, no gradients, no tracing."""
-        if self.training or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        if torch._C._are_functorch_transforms_active():
-            return False
-        sources = self._sources()
-        if any(type(t) not in _PLAIN_TENSORS or not t.is_cpu for t in (input, *sources)):
-            return False
-        if any(t.is_inference() for t in sources):  # they have no version counter
-            return False
-        trained = (input, *sources) if self.bias is None else (input, self.bias, *sources)
-        return not (torch.is_grad_enabled() and any(t.requires_grad for t in trained))
+    def _convolve(self, input, weight, density, bias, padding) -> Tensor:
+        return _FUNCTIONS[self.dims](input, weight, density, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _sources(self) -> tuple[Tensor, ...]:
-        """The tensors from which the packed weight is made."""
+    def _forward_cached(self, input: Tensor, padding: int | str | tuple[int, ...]) -> Tensor | None:
+        """The result through the packed weight, or ``None`` where it cannot be used: see :meth:`_may_cache`."""
+        weight, bias = self.weight, self.bias
         density = self.density if self.coefficients is None else self.coefficients
-        return (self.weight,) if density is None else (self.weight, density)
-
-    def _forward_cached(self, input: Tensor, padding: int | str | tuple[int, ...]) -> Tensor:
-        bias, dtype = self.bias, self.weight.dtype
+        if not _may_cache(input, weight, density, bias):
+            return None
+        dtype = weight.dtype
         if torch.is_autocast_enabled("cpu"):
+            if torch.float64 in (dtype, input.dtype):  # which autocast leaves alone
+                return None
             dtype = torch.get_autocast_dtype("cpu")
             input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        cache = self._refreshed_cache(dtype)
-        if cache.packed is None or input.dim() != self.dims + 2:
-            weight, density = (self.weight, self.density_function()) if cache.folded is None else (cache.folded, None)
-            convolve = _FUNCTIONS[self.dims]
-            return convolve(input, weight, density, bias, self.stride, padding, self.dilation, self.groups)
-        padding = op.explicit_padding(padding, self.kernel_size, self.stride, self.dilation)
-        return op.weighted_conv_packed(input, cache.packed, bias, None, padding, "none")
-
-    def _refreshed_cache(self, dtype: torch.dtype) -> _Cache:
-        """The cache, made anew if a tensor, the dtype or the precision allowed has changed."""
-        cache, sources = self._cache, self._sources()
         algorithm = "direct" if torch.get_float32_matmul_precision() == "highest" else "auto"
-        if (
-            cache is not None
-            and cache.dtype == dtype
-            and cache.algorithm == algorithm
-            and len(cache.fingerprints) == len(sources)
-            and all(f.holds_for(t) for f, t in zip(cache.fingerprints, sources, strict=True))
-        ):
-            return cache
-        fingerprints = tuple(map(_Fingerprint, sources))
-        weight, density = self.weight.detach(), self.density_function()
-        if density is not None:
-            op.check_finite_density(density)
-            density = density.detach().to(dtype)
-        weight = weight.to(dtype)
-        packed = op.pack(weight, density, self.stride, self.dilation, self.groups, algorithm)
-        folded = effective_weight(weight, density) if packed is None and density is not None else None
-        self._cache = _Cache(fingerprints, dtype, algorithm, packed, folded)
-        return self._cache
+        key = (dtype, algorithm, self.kernel_size, self.stride, padding, self.dilation, self.groups)
+        cache = self._cache
+        if cache is None or not cache.holds_for(key, weight, density):
+            cache = self._cache = self._make_cache(key, weight, density)
+        if cache.packed is None:
+            return self._convolve(input, cache.folded, None, bias, padding)
+        if not (bias is None or bias.dtype == dtype):
+            return None
+        if input.dim() == self.dims + 1:
+            return op.weighted_conv_packed(input[None], cache.packed, bias, None, cache.padding, "none")[0]
+        return op.weighted_conv_packed(input, cache.packed, bias, None, cache.padding, "none")
+
+    def _make_cache(self, key: tuple, weight: Tensor, source: Tensor | None) -> _Cache:
+        dtype, algorithm, kernel, stride, padding, dilation, groups = key
+        fingerprints = _Fingerprint(weight), None if source is None else _Fingerprint(source)
+        with torch.no_grad():
+            density = self.density_function()
+            if density is not None:
+                op.check_finite_density(density)
+                density = density.to(dtype)
+            packed = op.pack(weight.to(dtype), density, stride, dilation, groups, algorithm)
+            folded = effective_weight(weight.to(dtype), density) if packed is None else None
+        return _Cache(key, *fingerprints, packed, folded, op.explicit_padding(padding, kernel, stride, dilation))
 
     # ----------------------------------------------------------------------------------- copies, moves, checkpoints
 
@@ -424,8 +429,8 @@ _DOC = """{dims}-D weighted convolution: ``torch.nn.{twin}``, its weight times a
             density's root mean square, so that the effective weights ``weight * density`` have torch's scale.
 
     In evaluation mode and without gradients, ``weight * density`` is packed for the kernel once and kept until a
-    parameter changes. It is no part of the state_dict, of pickles or of copies. One change goes unseen: a write to a few
-    single elements through ``weight.data`` or NumPy; ``module.train(); module.eval()`` then drops the packed weight.
+    parameter changes. It is no part of the state_dict, of pickles or of copies. One change goes unseen: a write to a
+    few elements through ``weight.data`` or NumPy; ``module.train(); module.eval()`` then drops the packed weight.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it.
