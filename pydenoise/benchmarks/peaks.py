@@ -28,9 +28,12 @@ class Peaks:
         return self.bf16_dot if precision == "bf16" else self.fma_f32
 
     def bandwidth(self, working_set: int) -> float:
-        """Bytes/s of the smallest measured set that is at least as large as ``working_set`` (else of the largest)."""
-        fitting = [size for size in sorted(self.copy) if size >= working_set]
-        return self.copy[fitting[0] if fitting else max(self.copy)]
+        """Bytes/s of the smallest measured set that is at least as large as ``working_set`` (else of the largest).
+
+        A larger set that was copied faster counts too: only a busy machine makes a small set slower.
+        """
+        fitting = [rate for size, rate in self.copy.items() if size >= working_set]
+        return max(fitting, default=self.copy[max(self.copy)])
 
     def floor_seconds(self, flops: float, moved_bytes: float, precision: str) -> float:
         """The larger of arithmetic at the peak and data movement at the bandwidth of that working set."""
@@ -77,7 +80,7 @@ def _copy_rate(working_set: int, device: str, seconds: float) -> float:
 
 
 def _best_seconds(call, device: str, seconds: float) -> float:
-    """Best seconds per call over ``seconds``, in samples of a few calls."""
+    """Best seconds per call over ``seconds``, in samples so short that some escape the neighbours."""
     best, inner = float("inf"), 1
     call()
     end = time.perf_counter() + seconds
@@ -89,6 +92,6 @@ def _best_seconds(call, device: str, seconds: float) -> float:
             torch.cuda.synchronize()
         taken = time.perf_counter() - start
         best = min(best, taken / inner)
-        if taken < 1e-3:
+        if taken < 1e-4:
             inner *= 2
     return best

@@ -109,6 +109,8 @@ def test_bandwidth_is_that_of_the_working_set():
     assert PEAKS.bandwidth(1 << 19) == 80e9
     assert PEAKS.bandwidth((1 << 20) + 1) == 40e9
     assert PEAKS.bandwidth(1 << 40) == 10e9
+    disturbed = Peaks(1.0, 1.0, {1 << 20: 1e9, 1 << 24: 40e9})
+    assert disturbed.bandwidth(1) == 40e9
 
 
 def test_peaks_merge_to_the_better_measurement():
