@@ -203,7 +203,7 @@ def check_case(case, dtype, backend: str) -> Iterator[Verdict | str]:
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def backward_arguments(args, grad):
-        return grad, *args[:3], *args[5:9], "auto", [True, True, True]
+        return grad, *args[:3], *args[5:9], "direct", [True, True, True]
 
     back = backward_arguments(args, grad.to(DEVICE))
     reason = "no row" if row is None else row.unsupported(*back)
