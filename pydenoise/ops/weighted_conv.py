@@ -425,8 +425,12 @@ def weighted_conv_packed(
     Raises:
         TypeError, ValueError: ``input`` does not fit the packed weight, or ``residual`` does not fit the output.
     """
-    if input.dtype != packed.dtype or (residual is not None and residual.dtype != packed.dtype):
-        raise TypeError(f"input, residual: expected dtype {packed.dtype} (that of the packed weight), got {input.dtype}")
+    for name, tensor in (("input", input), ("bias", bias), ("residual", residual)):
+        if tensor is not None and (tensor.dtype != packed.dtype or not tensor.is_cpu):
+            raise TypeError(
+                f"{name}: expected a CPU tensor of dtype {packed.dtype} (that of the packed weight), "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
     if input.dim() != len(packed.stride) + 2 or input.shape[1] != packed.in_channels:
         raise ValueError(
             f"input: expected [N, {packed.in_channels}, {'spatial, ' * len(packed.stride)}], got shape {tuple(input.shape)}"
