@@ -87,6 +87,17 @@ def _offset(n, d, h, w, s_n, s_d, s_h, s_w, DIMS: tl.constexpr):
 
 
 @triton.jit
+def _sum_of(rows, depth, ROWS_FIRST: tl.constexpr):
+    """rows[i] + depth[k] as [i, k], or as [k, i]: loading a tile as the product reads it needs no transposition."""
+    return rows[:, None] + depth[None, :] if ROWS_FIRST else rows[None, :] + depth[:, None]
+
+
+@triton.jit
+def _both(rows, depth, ROWS_FIRST: tl.constexpr):
+    return rows[:, None] & depth[None, :] if ROWS_FIRST else rows[None, :] & depth[:, None]
+
+
+@triton.jit
 def _epilogue(acc, bias, residual, y, channel, channel_ok, rows_ok, n, d, h, w,
               r_n, r_c, r_d, r_h, r_w, y_n, y_c, y_d, y_h, y_w,
               HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
@@ -144,8 +155,8 @@ def conv_kernel(
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     o_ok = o < out_channels
     k = tl.arange(0, BLOCK_K)
-    x_rows = x + (_offset(n, from_d, from_h, from_w, x_n, x_d, x_h, x_w, DIMS) + group.to(tl.int64) * in_channels)[:, None]
-    w_rows = weight + (group.to(tl.int64) * w_group + o.to(tl.int64) * w_out)[:, None]
+    x_rows = _offset(n, from_d, from_h, from_w, x_n, x_d, x_h, x_w, DIMS) + group.to(tl.int64) * in_channels
+    w_rows = group.to(tl.int64) * w_group + o.to(tl.int64) * w_out
 
     if WEIGHT_LEFT:
         acc = tl.zeros((BLOCK_O, BLOCK_M), tl.float32)
@@ -164,23 +175,25 @@ def conv_kernel(
             j_h = above - j_d * taps_h
             k_ok = kk < depth
             inside = _inside(
-                from_d[:, None] + (j_d * hop_d)[None, :], from_h[:, None] + (j_h * hop_h)[None, :],
-                from_w[:, None] + (j_w * hop_w)[None, :], in_d, in_h, in_w, DIMS,
+                _sum_of(from_d, j_d * hop_d, not WEIGHT_LEFT), _sum_of(from_h, j_h * hop_h, not WEIGHT_LEFT),
+                _sum_of(from_w, j_w * hop_w, not WEIGHT_LEFT), in_d, in_h, in_w, DIMS,
             )  # fmt: skip
             x_at = c + _offset(c * 0, j_d * hop_d, j_h * hop_h, j_w * hop_w, x_n, x_d, x_h, x_w, DIMS)
-            a = tl.load(x_rows + x_at[None, :], mask=inside & rows_ok[:, None] & k_ok[None, :], other=0.0)
+            mask = inside & _both(rows_ok, k_ok, not WEIGHT_LEFT)
+            a = tl.load(x + _sum_of(x_rows, x_at, not WEIGHT_LEFT), mask=mask, other=0.0)
             which = tap + j_d * tap_d + j_h * tap_h + j_w * tap_w
             w_at = which.to(tl.int64) * w_tap + c.to(tl.int64) * w_in
-            b = tl.load(w_rows + w_at[None, :], mask=o_ok[:, None] & k_ok[None, :], other=0.0)
+            b = tl.load(weight + _sum_of(w_rows, w_at, WEIGHT_LEFT), mask=_both(o_ok, k_ok, WEIGHT_LEFT), other=0.0)
             if HAS_DENSITY:
-                b *= tl.load(density + which, mask=k_ok, other=0.0)[None, :]
+                scales = tl.load(density + which, mask=k_ok, other=0.0)
+                b *= scales[None, :] if WEIGHT_LEFT else scales[:, None]
             if WEIGHT_LEFT:
-                acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+                acc = tl.dot(b, a, acc, input_precision=PRECISION)
             else:
-                acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
-        x_tile = x_rows + k[None, :]
-        w_tile = w_rows + (k.to(tl.int64) * w_in)[None, :]
+        x_tile = x + _sum_of(x_rows, k, not WEIGHT_LEFT)
+        w_tile = weight + _sum_of(w_rows, k.to(tl.int64) * w_in, WEIGHT_LEFT)
         steps = taps_d * taps_h * taps_w * tl.cdiv(in_channels, BLOCK_K)
         c = tl.zeros((), tl.int32)
         j_d = tl.zeros((), tl.int32)
@@ -193,15 +206,15 @@ def conv_kernel(
             inside = _inside(from_d + j_d * hop_d, from_h + j_h * hop_h, from_w + j_w * hop_w, in_d, in_h, in_w, DIMS)
             x_at = c.to(tl.int64) + _offset(c * 0, j_d * hop_d, j_h * hop_h, j_w * hop_w, x_n, x_d, x_h, x_w, DIMS)
             k_ok = c + k < in_channels
-            a = tl.load(x_tile + x_at, mask=(inside & rows_ok)[:, None] & k_ok[None, :], other=0.0)
+            a = tl.load(x_tile + x_at, mask=_both(inside & rows_ok, k_ok, not WEIGHT_LEFT), other=0.0)
             w_at = which.to(tl.int64) * w_tap + c.to(tl.int64) * w_in
-            b = tl.load(w_tile + w_at, mask=o_ok[:, None] & k_ok[None, :], other=0.0)
+            b = tl.load(w_tile + w_at, mask=_both(o_ok, k_ok, WEIGHT_LEFT), other=0.0)
             if HAS_DENSITY:
                 b *= scale
             if WEIGHT_LEFT:
-                acc = tl.dot(b, tl.trans(a), acc, input_precision=PRECISION)
+                acc = tl.dot(b, a, acc, input_precision=PRECISION)
             else:
-                acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
             # Counters instead of divisions: this runs once per step on every thread.
             c += BLOCK_K
             carry = c >= in_channels
@@ -289,10 +302,10 @@ def weight_gradient_kernel(
             from_d[:, None] + shift_d[None, :], from_h[:, None] + shift_h[None, :], from_w[:, None] + shift_w[None, :],
             in_d, in_h, in_w, DIMS,
         )  # fmt: skip
-        a = tl.load(grad + (p * g_pixel)[:, None] + channel[None, :], mask=p_ok[:, None] & o_ok[None, :], other=0.0)
+        a = tl.load(grad + (p * g_pixel)[None, :] + channel[:, None], mask=p_ok[None, :] & o_ok[:, None], other=0.0)
         at = _offset(n, from_d, from_h, from_w, x_n, x_d, x_h, x_w, DIMS)
         b = tl.load(x + at[:, None] + x_columns[None, :], mask=inside & p_ok[:, None] & column_ok[None, :], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
         p += BLOCK_P
         w += by_w
         carry = w >= out_w
@@ -538,8 +551,8 @@ def _forward_axes(input: Tensor, weight: Tensor, stride, padding, dilation) -> t
 # ------------------------------------------------------------------------------------------------------ configurations
 
 
-_MOST_CANDIDATES = 5
-_MOST_WASTE = 1.3  # of the arithmetic spent on padding, relative to the tile that wastes least
+_MOST_CANDIDATES = 6
+_MOST_WASTE = 1.4  # of the arithmetic spent on padding, relative to the tile that wastes least
 _LEAST_CHANNELS = 16  # per group; with fewer, a block of one tap's channels would be mostly padding
 _MOST_MULTIPLIER = 4  # output channels per group up to which a depthwise convolution is not worth a matrix product
 _REDUCE_ROWS = 64  # rows of one partial density gradient; not tuned, since it sets the size of the buffer
@@ -596,32 +609,55 @@ VARIANTS: tuple[Variant, ...] = (
         (128, 32, 16, False, 4, 4),
     ]),
     *_variants("conv", "tf32", _CONV_NAMES, [
-        (128, 128, 32, False, 8, 3),
-        (128, 64, 32, False, 4, 3),
+        (128, 64, 32, False, 8, 3),
+        (128, 128, 32, True, 8, 3),
+        (64, 128, 32, False, 8, 3),
+        (64, 64, 32, False, 4, 3),
         (128, 32, 32, False, 4, 3),
         (128, 16, 16, False, 4, 3),
     ]),
     *_variants("conv", "fp32", _CONV_NAMES, [
-        (64, 64, 16, False, 4, 3),
-        (128, 64, 16, False, 8, 3),
-        (128, 32, 16, False, 4, 3),
+        (128, 64, 8, False, 8, 3),
+        (64, 64, 16, False, 8, 3),
+        (64, 64, 8, False, 4, 3),
+        (64, 32, 16, False, 4, 3),
         (128, 16, 16, False, 4, 3),
     ]),
+    *_variants("conv_unfold", "half", _CONV_NAMES, [
+        (128, 64, 32, False, 8, 1),
+        (64, 64, 32, True, 4, 1),
+        (128, 32, 32, False, 4, 1),
+        (64, 64, 16, False, 4, 1),
+        (64, 16, 32, False, 4, 1),
+    ]),
+    *_variants("conv_unfold", "tf32", _CONV_NAMES, [
+        (64, 64, 32, False, 4, 1),
+        (64, 32, 32, False, 4, 1),
+        (64, 16, 32, False, 4, 1),
+    ]),
+    *_variants("conv_unfold", "fp32", _CONV_NAMES, [
+        (64, 64, 16, False, 8, 1),
+        (64, 32, 16, False, 4, 1),
+        (64, 16, 16, False, 4, 1),
+    ]),
     *_variants("weight_gradient", "half", _GRADIENT_NAMES, [
-        (64, 128, 64, 4, 3),
         (128, 128, 64, 8, 3),
+        (64, 128, 64, 4, 3),
+        (64, 256, 64, 8, 3),
         (64, 64, 64, 4, 3),
         (32, 128, 64, 4, 3),
-        (16, 128, 64, 4, 3),
+        (16, 128, 32, 4, 3),
         (64, 32, 64, 4, 3),
     ]),
     *_variants("weight_gradient", "tf32", _GRADIENT_NAMES, [
-        (64, 128, 32, 4, 3),
+        (64, 128, 32, 8, 3),
+        (128, 128, 32, 8, 3),
         (64, 64, 32, 4, 3),
-        (16, 64, 32, 4, 3),
+        (16, 64, 16, 4, 3),
     ]),
     *_variants("weight_gradient", "fp32", _GRADIENT_NAMES, [
         (64, 64, 16, 4, 3),
+        (128, 64, 16, 8, 3),
         (32, 64, 16, 4, 3),
         (16, 64, 16, 4, 3),
     ]),
@@ -632,15 +668,20 @@ VARIANTS: tuple[Variant, ...] = (
 
 KERNELS = {
     "conv": conv_kernel,
+    "conv_unfold": conv_kernel,  # with GATHER
     "weight_gradient": weight_gradient_kernel,
     "depthwise": depthwise_kernel,
     "depthwise_weight_gradient": depthwise_weight_gradient_kernel,
     "reduce": reduce_kernel,
 }
 
+MATRIX_KERNELS = ("conv", "conv_unfold", "weight_gradient")  # those whose work is matrix products
+
 # What a tuned choice depends on. Sizes enter through ``tune``, the number of bits of the pixel count.
+_CONV_KEYS = ["tune", "groups", "in_channels", "out_channels", "w_in", "step_w", "DIMS", "HAS_DENSITY", "PRECISION"]
 _TUNING_KEYS = {
-    "conv": ["tune", "groups", "in_channels", "out_channels", "w_in", "step_w", "DIMS", "GATHER", "HAS_DENSITY", "PRECISION"],
+    "conv": _CONV_KEYS,
+    "conv_unfold": [*_CONV_KEYS, "taps_d", "taps_h", "taps_w"],
     "weight_gradient": ["tune", "groups", "in_channels", "out_channels", "taps_d", "taps_h", "taps_w", "step_w", "DIMS", "PRECISION"],
     "depthwise": ["tune", "channels", "TAPS_D", "TAPS_H", "TAPS_W", "step_w", "DIMS"],
     "depthwise_weight_gradient": ["tune", "channels", "taps", "step_w", "DIMS"],
@@ -659,11 +700,11 @@ def _pow2(value: int, low: int, high: int) -> int:
 def _extents(kernel: str, args: dict) -> dict[str, int]:
     """Extent of the problem along each block axis of ``kernel``."""
     if kernel == "conv":
-        depth = args["taps_d"] * args["taps_h"] * args["taps_w"] if args["GATHER"] else 1
-        depth *= args["in_channels"]
-        return {"BLOCK_M": args["pixels"], "BLOCK_O": args["out_channels"], "BLOCK_K": depth}
-    if kernel == "weight_gradient":
+        return {"BLOCK_M": args["pixels"], "BLOCK_O": args["out_channels"], "BLOCK_K": args["in_channels"]}
+    if kernel in ("conv_unfold", "weight_gradient"):
         columns = args["taps_d"] * args["taps_h"] * args["taps_w"] * args["in_channels"]
+        if kernel == "conv_unfold":
+            return {"BLOCK_M": args["pixels"], "BLOCK_O": args["out_channels"], "BLOCK_K": columns}
         return {"BLOCK_O": args["out_channels"], "BLOCK_N": columns, "BLOCK_P": args["per_split"]}
     if kernel == "reduce":
         return {}
@@ -689,7 +730,7 @@ def candidates(kernel: str, args: dict) -> list[Variant]:
 
 
 def _variant_precision(kernel: str, args: dict) -> str:
-    if kernel not in ("conv", "weight_gradient"):
+    if kernel not in MATRIX_KERNELS:
         return "any"
     if args["x"].dtype != torch.float32:
         return "half"
@@ -701,7 +742,7 @@ def _interpreter_config(kernel: str, args: dict) -> triton.Config:
     limits = {"BLOCK_M": 1024, "BLOCK_O": 128, "BLOCK_K": 256, "BLOCK_P": 512, "BLOCK_N": 1024, "BLOCK_C": 128}
     extents = _extents(kernel, args)
     meta = {axis: _pow2(extent, 16, limits.get(axis, 4096)) for axis, extent in extents.items()}
-    if kernel == "conv":
+    if kernel in ("conv", "conv_unfold"):
         meta["WEIGHT_LEFT"] = False
     return triton.Config(meta)
 
@@ -841,7 +882,7 @@ def _conv_launch(
     def grid(meta):
         return (triton.cdiv(pixels, meta["BLOCK_M"]) * triton.cdiv(out_channels, meta["BLOCK_O"]) * groups,)
 
-    return Launch("conv", arguments, grid)
+    return Launch("conv_unfold" if arguments["GATHER"] else "conv", arguments, grid)
 
 
 def _is_depthwise(groups: int, out_channels: int, group_channels: int) -> bool:
