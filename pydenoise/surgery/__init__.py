@@ -1,0 +1,1 @@
+"""Model surgery behind ``pydenoise.accelerate``: recognise layers, find chains, rewrite, measure, report."""

@@ -1,0 +1,43 @@
+"""What the caller of ``accelerate`` allows: the precision, and the layers to keep."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from pydenoise.surgery import layers
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Policy:
+    """``keep`` patterns resolved on one model, and the dtype that fused layers compute in."""
+
+    def __init__(self, model: nn.Module, precision: str, keep: Iterable[str]):
+        self.precision = precision
+        self.dtype = PRECISIONS[precision]
+        self._kept = _resolve(model, keep)
+
+    def keeps(self, module: nn.Module) -> bool:
+        """Whether the caller asked to keep ``module``."""
+        return id(module) in self._kept
+
+    def why_conv_stays(self, module: nn.Module) -> str | None:
+        """Why the convolution ``module`` stays, or ``None`` where it may be swapped."""
+        return "named in keep" if self.keeps(module) else layers.why_conv_stays(module, self.dtype)
+
+
+def _resolve(model: nn.Module, keep: Iterable[str]) -> set[int]:
+    """Ids of the modules that ``keep`` names, with everything inside them."""
+    names = dict(model.named_modules(remove_duplicate=False))
+    kept: set[int] = set()
+    for pattern in keep:
+        if not isinstance(pattern, str):
+            raise TypeError(f"keep: expected names or glob patterns (str), got {type(pattern).__name__}")
+        matched = [module for name, module in names.items() if name and fnmatchcase(name, pattern)]
+        if not matched:
+            known = ", ".join(name for name in list(names)[1:9])
+            raise ValueError(f"keep: {pattern!r} matches no module of the model; its modules are {known}, ...")
+        kept.update(id(inner) for module in matched for inner in module.modules())
+    return kept
