@@ -1,5 +1,7 @@
-// pydenoise._cuda: torch ops of the CUDA kernels. A plain shared library without a Python module, which compiles against
-// the headers of a CPU-only torch and loads where there is no GPU. Outputs are allocated in Python.
+// pydenoise._cuda: torch ops of the CUDA kernels. A plain shared library without a Python module, which compiles
+// against the headers of a CPU-only torch and loads where there is no GPU. Outputs are allocated in Python.
+#include "../weighted_conv/cuda.h"
+
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,8 +12,6 @@
 #include <cstdint>
 #include <optional>
 #include <vector>
-
-#include "../weighted_conv/cuda.h"
 
 namespace pdn {
 namespace bindings {
@@ -26,15 +26,16 @@ using namespace weighted_conv::cuda;
 using Ints = std::vector<int64_t>;
 using MaybeTensor = std::optional<Tensor>;
 
-// torch's current stream. The symbol lives in libtorch_cuda, which a CPU-only torch lacks: it is looked up when the first
-// tensor on a GPU comes in, by which time that library is loaded.
+// torch's current stream. The symbol lives in libtorch_cuda, which a CPU-only torch lacks: it is looked up when the
+// first tensor on a GPU comes in, by which time that library is loaded.
 void* current_stream(int32_t device) {
     using Getter = int32_t (*)(int32_t, void**);
     static const Getter getter = [] {
         void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
         return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
     }();
-    STD_TORCH_CHECK(getter, "libtorch_cuda.so is not loaded, or does not tell the current stream: is this torch built for CUDA?");
+    STD_TORCH_CHECK(
+        getter, "libtorch_cuda.so is not loaded, or does not tell the current stream: is this torch built for CUDA?");
     void* stream = nullptr;
     STD_TORCH_CHECK(getter(device, &stream) == 0, "torch did not tell the current CUDA stream");
     return stream;
@@ -42,24 +43,30 @@ void* current_stream(int32_t device) {
 
 Storage storage_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
-        case ScalarType::Float: return Storage::float32;
-        case ScalarType::BFloat16: return Storage::bfloat16;
-        case ScalarType::Half: return Storage::float16;
-        default: STD_TORCH_CHECK(false, "cuda kernels take float32, float16 and bfloat16");
+        case ScalarType::Float:
+            return Storage::float32;
+        case ScalarType::BFloat16:
+            return Storage::bfloat16;
+        case ScalarType::Half:
+            return Storage::float16;
+        default:
+            STD_TORCH_CHECK(false, "cuda kernels take float32, float16 and bfloat16");
     }
 }
 
 int64_t element_bytes(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Float ? 4 : 2; }
 
 void check_like(const char* name, const Tensor& tensor, const Tensor& like) {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name, ": not on input's device");
+    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
+                    ": not on input's device");
     STD_TORCH_CHECK(tensor.scalar_type() == like.scalar_type(), name, ": not of input's dtype");
 }
 
 void check_dense(const char* name, const MaybeTensor& tensor, const Tensor& like, int64_t numel) {
     if (!tensor) return;
     check_like(name, *tensor, like);
-    STD_TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == numel, name, ": expected ", numel, " contiguous elements");
+    STD_TORCH_CHECK(tensor->is_contiguous() && tensor->numel() == numel, name, ": expected ", numel,
+                    " contiguous elements");
 }
 
 void check_adjacent_channels(const char* name, const Tensor& tensor) {
@@ -75,9 +82,12 @@ struct Geometry {
     int64_t padding[3] = {0, 0, 0};  // low
     Axis axis[3];
 
-    Geometry(const Ints& flat, const Tensor& input, const Tensor& output) : dims(static_cast<int64_t>(flat.size()) / 5) {
-        STD_TORCH_CHECK(flat.size() % 5 == 0 && dims >= 1 && dims <= 3, "geometry: expected 5 ints per axis, 1 to 3 axes");
-        STD_TORCH_CHECK(input.dim() == dims + 2 && output.dim() == dims + 2, "input, output: wrong number of dimensions");
+    Geometry(const Ints& flat, const Tensor& input, const Tensor& output)
+        : dims(static_cast<int64_t>(flat.size()) / 5) {
+        STD_TORCH_CHECK(flat.size() % 5 == 0 && dims >= 1 && dims <= 3,
+                        "geometry: expected 5 ints per axis, 1 to 3 axes");
+        STD_TORCH_CHECK(input.dim() == dims + 2 && output.dim() == dims + 2,
+                        "input, output: wrong number of dimensions");
         STD_TORCH_CHECK(input.size(0) == output.size(0), "output: wrong batch");
         for (int64_t a = 0; a < 3; ++a) {
             axis[a] = Axis{1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 0, 1};
@@ -85,11 +95,22 @@ struct Geometry {
             if (i < 0) continue;
             const int64_t stride = flat[i], low = flat[dims + 2 * i], high = flat[dims + 2 * i + 1];
             const int64_t dilation = flat[3 * dims + i], kernel = flat[4 * dims + i], size = input.size(2 + i);
-            STD_TORCH_CHECK(stride > 0 && dilation > 0 && kernel > 0 && low >= 0 && high >= 0, "geometry: out of range");
+            STD_TORCH_CHECK(stride > 0 && dilation > 0 && kernel > 0 && low >= 0 && high >= 0,
+                            "geometry: out of range");
             const int64_t span = size + low + high - dilation * (kernel - 1) - 1;
             STD_TORCH_CHECK(span >= 0 && output.size(2 + i) == span / stride + 1, "output: wrong size");
-            axis[a] = Axis{size, output.size(2 + i), input.stride(2 + i), output.stride(2 + i), 0, stride, -low, dilation,
-                           kernel, kernel, 0, 1};
+            axis[a] = Axis{size,
+                           output.size(2 + i),
+                           input.stride(2 + i),
+                           output.stride(2 + i),
+                           0,
+                           stride,
+                           -low,
+                           dilation,
+                           kernel,
+                           kernel,
+                           0,
+                           1};
             padding[a] = low;
             taps *= kernel;
         }
@@ -120,7 +141,8 @@ void forward(const Tensor& input, const Tensor& weight, const MaybeTensor& densi
         check_like("residual", *residual, input);
         check_adjacent_channels("residual", *residual);
         STD_TORCH_CHECK(residual->dim() == output.dim(), "residual: wrong number of dimensions");
-        for (int64_t i = 0; i < output.dim(); ++i) STD_TORCH_CHECK(residual->size(i) == output.size(i), "residual: wrong shape");
+        for (int64_t i = 0; i < output.dim(); ++i)
+            STD_TORCH_CHECK(residual->size(i) == output.size(i), "residual: wrong shape");
         p.residual_batch_stride = residual->stride(0);
         for (int64_t i = 0; i < g.dims; ++i) p.axis[3 - g.dims + i].residual_stride = residual->stride(2 + i);
     }
@@ -128,11 +150,15 @@ void forward(const Tensor& input, const Tensor& weight, const MaybeTensor& densi
     p.density = pointer(density), p.bias = pointer(bias), p.residual = pointer(residual);
     const torch::stable::accelerator::DeviceGuard guard(input.get_device_index());
     void* stream = current_stream(input.get_device_index());
-    STD_TORCH_CHECK(kind >= kSkinnyIn && kind <= kDepthwise, "kind: expected 0 (skinny in), 1 (skinny out) or 2 (depthwise)");
-    check_launch(kind == kSkinnyIn ? skinny_in(p, stream) : kind == kSkinnyOut ? skinny_out(p, stream) : depthwise(p, stream));
+    STD_TORCH_CHECK(kind >= kSkinnyIn && kind <= kDepthwise,
+                    "kind: expected 0 (skinny in), 1 (skinny out) or 2 (depthwise)");
+    check_launch(kind == kSkinnyIn    ? skinny_in(p, stream)
+                 : kind == kSkinnyOut ? skinny_out(p, stream)
+                                      : depthwise(p, stream));
 }
 
-void depthwise_grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& density, Tensor output, Ints geometry) {
+void depthwise_grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& density, Tensor output,
+                          Ints geometry) {
     const Geometry g(geometry, output, grad);
     Problem p{};
     p.storage = storage_of(grad);
@@ -191,7 +217,8 @@ void depthwise_grad_weight(const Tensor& grad, const Tensor& input, const Tensor
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pydenoise, m) {
     m.def(
-        "weighted_conv_cuda(Tensor input, Tensor weight, Tensor? density, Tensor? bias, Tensor? residual, Tensor(a!) output, "
+        "weighted_conv_cuda(Tensor input, Tensor weight, Tensor? density, Tensor? bias, Tensor? residual, Tensor(a!) "
+        "output, "
         "int[] geometry, int kind, int activation) -> ()");
     m.def(
         "weighted_conv_cuda_depthwise_grad_input(Tensor grad, Tensor weight, Tensor? density, Tensor(a!) output, "

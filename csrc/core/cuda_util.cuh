@@ -166,7 +166,9 @@ struct Gate {
     float linear, cubic;
 };
 
-PDN_HD Gate gate_of(int activation) { return activation == 2 ? Gate{1.f, 0.f} : Gate{1.5957691216057308f, 0.0713548162726f}; }
+PDN_HD Gate gate_of(int activation) {
+    return activation == 2 ? Gate{1.f, 0.f} : Gate{1.5957691216057308f, 0.0713548162726f};
+}
 
 PDN_HD float gated(float x, Gate gate) {
     const float square = fminf(x * x, 1e30f);  // finite: infinity times a zero would be NaN

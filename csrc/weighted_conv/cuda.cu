@@ -6,9 +6,8 @@
 //
 // A kernel is a few phases with a barrier between them. A phase is a PDN_HD function of the thread's number, so that
 // tests/native/cuda_host_check.cu runs the same arithmetic on the host, thread after thread.
-#include "cuda.h"
-
 #include "../core/cuda_util.cuh"
+#include "cuda.h"
 
 namespace pdn {
 namespace {
@@ -22,7 +21,7 @@ struct Shape {
 };
 constexpr Shape kTileIn{64, 8}, kTileOut{32, 8};  // of a block: first layers, last layers
 constexpr int kTileDepthwise = 32;                // width; the height is 4 rows of threads
-constexpr int kLanes = kChannelBlock / 4;  // threads side by side along the channels, four channels each
+constexpr int kLanes = kChannelBlock / 4;         // threads side by side along the channels, four channels each
 
 // How a problem is cut into blocks, and what a block keeps in shared memory.
 struct Plan {
@@ -69,14 +68,17 @@ PDN_HD int64_t kernel_position(const Axis (&axis)[3], int kd, int ky, int kx) {
 }
 
 // Weight times density for every tap of one (output, input) channel pair, `stride` floats apart; zeros without a pair.
-template <typename T>
-PDN_HD void stage_taps(const Problem& p, bool exists, int64_t pair, float* out, int stride) {
+// SLOTS threads may share a pair: each takes every SLOTS-th tap from `slot` on.
+template <typename T, int SLOTS = 1>
+PDN_HD void stage_taps(const Problem& p, bool exists, int64_t pair, float* out, int stride, int slot = 0) {
     const int64_t kernel = p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel;
     const T* weight = static_cast<const T*>(p.weight) + (exists ? pair * kernel : 0);
     const T* density = static_cast<const T*>(p.density);
+    int tap = 0;
     for (int kd = 0; kd < p.axis[0].taps; ++kd)
         for (int ky = 0; ky < p.axis[1].taps; ++ky)
-            for (int kx = 0; kx < p.axis[2].taps; ++kx, out += stride) {
+            for (int kx = 0; kx < p.axis[2].taps; ++kx, ++tap, out += stride) {
+                if (SLOTS > 1 && tap % SLOTS != slot) continue;
                 const int64_t k = kernel_position(p.axis, kd, ky, kx);
                 const float w = exists ? load1(weight + k) : 0.f;
                 *out = density ? w * load1(density + k) : w;
@@ -88,7 +90,9 @@ template <bool UNIT, typename T, int N>
 PDN_HD void load_row(Float4 (&row)[N], const T* base, const Axis& axis, int64_t first, int64_t step, bool vector,
                      int64_t channels) {
     const int64_t left = axis.in_size - first, stride = axis.in_stride * (UNIT ? 1 : step);
-    const int begin = first < -N ? N : static_cast<int>(-first), end = left > N ? N : left < 0 ? 0 : static_cast<int>(left);
+    const int begin = first < -N ? N : static_cast<int>(-first), end = left > N   ? N
+                                                                       : left < 0 ? 0
+                                                                                  : static_cast<int>(left);
     const T* at = base + first * axis.in_stride;
     if (vector) {
 #pragma unroll
@@ -144,8 +148,8 @@ PDN_HD void finish_row(const Problem& p, const Tile& tile, int64_t y, int64_t x,
 
 // ------------------------------------------------------------------------------------- first layers: few channels in
 // A block computes 64 x 8 pixels of a group of channels. Shared memory holds the group's weights [tap][c_in][channel]
-// and the input tile in float32, one plane per input channel: a thread reads runs of pixels along x, 16 bytes at a time,
-// and keeps them in registers for all taps of a kernel row. Each thread sums 8 pixels x 4 channels.
+// and the input tile in float32, one plane per input channel: a thread reads runs of pixels along x, 16 bytes at a
+// time, and keeps them in registers for all taps of a kernel row. Each thread sums 8 pixels x 4 channels.
 
 template <typename T, int KW>  // KW = 0: any kernel, stride and dilation; inputs come through the L1 cache instead
 struct SkinnyIn {
@@ -199,8 +203,8 @@ struct SkinnyIn {
         }
     }
 
-    static PDN_HD void sum_staged(const Problem& p, const Plan& plan, int row, int column, int first, const float* shared,
-                                  Float4 (&acc)[kPixels]) {
+    static PDN_HD void sum_staged(const Problem& p, const Plan& plan, int row, int column, int first,
+                                  const float* shared, Float4 (&acc)[kPixels]) {
         const int channels = static_cast<int>(p.in_channels), group = plan.group_channels;
         const int kernel_h = static_cast<int>(p.axis[1].taps);
         const int row_step = static_cast<int>(p.axis[1].step), tap_step = static_cast<int>(p.axis[1].offset_step);
@@ -252,7 +256,8 @@ struct SkinnyIn {
 #pragma unroll
                         for (int i = 0; i < kPixels; ++i) {
                             const int64_t ix = input_position(*ax, x + i, kx);
-                            const float v = valid && inside(ix, ax->in_size) ? load1(base + ix * ax->in_stride + c) : 0.f;
+                            const float v =
+                                valid && inside(ix, ax->in_size) ? load1(base + ix * ax->in_stride + c) : 0.f;
 #pragma unroll
                             for (int j = 0; j < 4; ++j) acc[i].v[j] = fmaf(v, w.v[j], acc[i].v[j]);
                         }
@@ -262,8 +267,8 @@ struct SkinnyIn {
 };
 
 template <typename T, int KW>
-__global__ void __launch_bounds__(kThreads, 2) skinny_in_kernel(const __grid_constant__ Problem p,
-                                                                const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    skinny_in_kernel(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
     extern __shared__ Float4 shared[];
     const Tile tile = tile_of(plan, blockIdx.x);
     float* memory = reinterpret_cast<float*>(shared);
@@ -310,7 +315,8 @@ struct SkinnyOut {
             for (int kd = 0; kd < static_cast<int>(az->taps); ++kd) {
                 const int64_t iz = input_position(*az, tile.z, kd);
 #pragma unroll 1
-                for (int ky = 0; ky < static_cast<int>(ay->taps); ++ky, weights += kernel_w * CO * plan.group_channels) {
+                for (int ky = 0; ky < static_cast<int>(ay->taps);
+                     ++ky, weights += kernel_w * CO * plan.group_channels) {
                     const int64_t iy = input_position(*ay, y, ky);
                     if (!inside(iz, az->in_size) || !inside(iy, ay->in_size)) continue;
                     const T* base = origin + iz * az->in_stride + iy * ay->in_stride;
@@ -321,7 +327,8 @@ struct SkinnyOut {
                         for (int kx = 0; kx < KW; ++kx) add_tap(window, kx, weights, kx, plan.group_channels, acc);
                     } else {
                         for (int kx = 0; kx < kernel_w; ++kx) {
-                            load_row<false>(window, base, *ax, input_position(*ax, x, kx), ax->step, plan.vector_in, channels);
+                            load_row<false>(window, base, *ax, input_position(*ax, x, kx), ax->step, plan.vector_in,
+                                            channels);
                             add_tap(window, 0, weights, kx, plan.group_channels, acc);
                         }
                     }
@@ -378,8 +385,8 @@ __device__ __forceinline__ void exchange_sums(float (&acc)[8][CO], int lane) {
 }
 
 template <typename T, int CO, int KW>
-__global__ void __launch_bounds__(kThreads, 2) skinny_out_kernel(const __grid_constant__ Problem p,
-                                                                 const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    skinny_out_kernel(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
     using Kernel = SkinnyOut<T, CO, KW>;
     extern __shared__ Float4 shared[];
     float* memory = reinterpret_cast<float*>(shared);
@@ -406,9 +413,10 @@ struct Depthwise {
     static constexpr int kWindow = kPixels + (KW ? KW - 1 : 0);
 
     static PDN_HD void stage(const Problem& p, const Plan& plan, const Tile& tile, int thread, float* shared) {
-        if (thread >= kChannelBlock) return;
-        const int64_t channel = tile.channel + thread;
-        stage_taps<T>(p, channel < p.out_channels, channel, shared + thread, kChannelBlock);
+        const int lane = thread % kChannelBlock;
+        const int64_t channel = tile.channel + lane;
+        stage_taps<T, kThreads / kChannelBlock>(p, channel < p.out_channels, channel, shared + lane, kChannelBlock,
+                                                thread / kChannelBlock);
     }
 
     static PDN_HD void compute(const Problem& p, const Plan& plan, const Tile& tile, int thread, const float* shared) {
@@ -464,8 +472,8 @@ struct Depthwise {
         }
     }
 
-    static PDN_HD void sum_taps(const Problem& p, const Plan& plan, const T* plane, int64_t channel, int64_t y, int64_t x,
-                                const float* weights, Float4 (&acc)[kRows][kPixels]) {
+    static PDN_HD void sum_taps(const Problem& p, const Plan& plan, const T* plane, int64_t channel, int64_t y,
+                                int64_t x, const float* weights, Float4 (&acc)[kRows][kPixels]) {
         const Axis &ay = p.axis[1], &ax = p.axis[2];
         const int64_t repeat = p.out_channels / p.in_channels;
         const T* base = plane + channel / repeat;
@@ -501,8 +509,8 @@ struct Depthwise {
 };
 
 template <typename T, int KW>
-__global__ void __launch_bounds__(kThreads, 2) depthwise_kernel(const __grid_constant__ Problem p,
-                                                                const __grid_constant__ Plan plan) {
+__global__ void __launch_bounds__(kThreads, 2)
+    depthwise_kernel(const __grid_constant__ Problem p, const __grid_constant__ Plan plan) {
     extern __shared__ Float4 shared[];
     const Tile tile = tile_of(plan, blockIdx.x);
     float* memory = reinterpret_cast<float*>(shared);
@@ -511,16 +519,16 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_kernel(const __grid_con
     Depthwise<T, KW>::compute(p, plan, tile, threadIdx.x, memory);
 }
 
-// ------------------------------------------------------------------------------------ depthwise gradients of the weight
-// G[c, k] = sum over pixels of dy[pixel, c] * x[pixel at tap k, c]. A block takes 32 channels, one row of taps (KW of
-// them; KW = 1 is the general case, one tap at a time) and one slab of pixels; its 32 workers of eight threads go over
-// runs of four pixels. Partial sums go to the workspace [slab][tap][channel] and are added in order, so that the result
-// does not change from run to run.
+// ------------------------------------------------------------------------------------ depthwise gradients of the
+// weight G[c, k] = sum over pixels of dy[pixel, c] * x[pixel at tap k, c]. A block takes 32 channels, one row of taps
+// (KW of them; KW = 1 is the general case, one tap at a time) and one slab of pixels; its 32 workers of eight threads
+// go over runs of four pixels. Partial sums go to the workspace [slab][tap][channel] and are added in order, so that
+// the result does not change from run to run.
 
 struct GradPlan {
     int groups, tap_rows, slabs, kernel_w;
     int taps, kernel_h;
-    int64_t runs_x, runs;  // runs of four pixels in a row, and in all
+    int64_t runs_x, runs;      // runs of four pixels in a row, and in all
     int step_rows, step_runs;  // a worker's step of kWorkers runs, as whole rows and a rest
     bool vector;
 };
@@ -584,7 +592,8 @@ struct DepthwiseGrad {
 
     static PDN_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
-    static PDN_HD void reduce(const GradProblem& p, const GradPlan& plan, uint32_t block, int thread, const float* shared) {
+    static PDN_HD void reduce(const GradProblem& p, const GradPlan& plan, uint32_t block, int thread,
+                              const float* shared) {
         if (thread >= KW * kChannelBlock) return;
         const int64_t channel = static_cast<int64_t>(block % plan.groups) * kChannelBlock + thread % kChannelBlock;
         if (channel >= p.channels) return;
@@ -622,8 +631,8 @@ PDN_HD float grad_of_tap(const GradProblem& p, const GradPlan& plan, int tap, in
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) depthwise_grad_finish_kernel(const __grid_constant__ GradProblem p,
-                                                                         const __grid_constant__ GradPlan plan) {
+__global__ void __launch_bounds__(kThreads)
+    depthwise_grad_finish_kernel(const __grid_constant__ GradProblem p, const __grid_constant__ GradPlan plan) {
     __shared__ float shares[kThreads];
     const int tap = blockIdx.x, thread = threadIdx.x;
     shares[thread] = grad_of_tap<T>(p, plan, tap, thread);
@@ -641,14 +650,16 @@ bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintp
 int64_t element_bytes(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
 
 // Whether four-channel vectors of `tensor` can be moved in one access.
-bool vectors(const void* tensor, Storage storage, int64_t channels, int64_t batch_stride, int64_t s0, int64_t s1, int64_t s2) {
+bool vectors(const void* tensor, Storage storage, int64_t channels, int64_t batch_stride, int64_t s0, int64_t s1,
+             int64_t s2) {
     const bool strides = batch_stride % 4 == 0 && s0 % 4 == 0 && s1 % 4 == 0 && s2 % 4 == 0;
     return channels % 4 == 0 && strides && aligned(tensor, 4 * element_bytes(storage));
 }
 
 bool vector_input(const Problem& p) {
     const Axis* a = p.axis;
-    return vectors(p.input, p.storage, p.in_channels, p.in_batch_stride, a[0].in_stride, a[1].in_stride, a[2].in_stride);
+    return vectors(p.input, p.storage, p.in_channels, p.in_batch_stride, a[0].in_stride, a[1].in_stride,
+                   a[2].in_stride);
 }
 
 bool vector_output(const Problem& p) {
@@ -662,9 +673,11 @@ bool vector_output(const Problem& p) {
 bool unit_steps(const Axis& axis) { return axis.step == 1 && axis.offset_step == 1; }
 
 const char* cut(const Problem& p, int tile_w, int tile_h, int64_t groups, Plan& plan) {
-    const int64_t tiles_x = (p.axis[2].out_size + tile_w - 1) / tile_w, tiles_y = (p.axis[1].out_size + tile_h - 1) / tile_h;
+    const int64_t tiles_x = (p.axis[2].out_size + tile_w - 1) / tile_w,
+                  tiles_y = (p.axis[1].out_size + tile_h - 1) / tile_h;
     const int64_t limit = 0x7fffffff;
-    if (tiles_x > limit || tiles_y > limit || p.axis[0].out_size > limit || groups > limit) return "an axis is too long";
+    if (tiles_x > limit || tiles_y > limit || p.axis[0].out_size > limit || groups > limit)
+        return "an axis is too long";
     plan.tile_w = tile_w, plan.tile_h = tile_h;
     plan.tiles_x = static_cast<int>(tiles_x), plan.tiles_y = static_cast<int>(tiles_y);
     plan.depth = static_cast<int>(p.axis[0].out_size), plan.groups = static_cast<int>(groups);
@@ -689,19 +702,24 @@ const char* plan_skinny_in(const Problem& p, Plan& plan) {
     plan.taps = static_cast<int>(taps);
     plan.group_channels = static_cast<int>(wish < kChannelBlock ? kChannelBlock : wish < all ? wish : all);
     plan.vector_in = false, plan.vector_out = vector_output(p);
-    if (const char* why = cut(p, kTileIn.w, kTileIn.h, (p.out_channels + plan.group_channels - 1) / plan.group_channels, plan)) return why;
+    if (const char* why =
+            cut(p, kTileIn.w, kTileIn.h, (p.out_channels + plan.group_channels - 1) / plan.group_channels, plan))
+        return why;
     const int64_t weight_bytes = floats * plan.group_channels * 4;
     const Axis &ay = p.axis[1], &ax = p.axis[2];
     const int64_t rows = (kTileIn.h - 1) * ay.step + (ay.taps - 1) * ay.offset_step + 1;
     const int64_t pitch = round_up(kTileIn.w + ax.taps - 1, 4);
     const int64_t tile_bytes = p.axis[0].taps * p.in_channels * rows * pitch * 4;
-    plan.fast = ax.taps == 3 && unit_steps(ax) && ay.offset_step > 0 && rows < 4096 && weight_bytes + tile_bytes <= kMaxSharedBytes;
+    plan.fast = ax.taps == 3 && unit_steps(ax) && ay.offset_step > 0 && rows < 4096 &&
+                weight_bytes + tile_bytes <= kMaxSharedBytes;
     plan.rows = plan.fast ? static_cast<int>(rows) : 0, plan.pitch = plan.fast ? static_cast<int>(pitch) : 0;
     plan.shared_bytes = weight_bytes + (plan.fast ? tile_bytes : 0);
     return nullptr;
 }
 
-int skinny_out_columns(const Problem& p, bool fast) { return !fast ? 4 : p.out_channels == 1 ? 1 : p.out_channels <= 3 ? 3 : 4; }
+int skinny_out_columns(const Problem& p, bool fast) {
+    return !fast ? 4 : p.out_channels == 1 ? 1 : p.out_channels <= 3 ? 3 : 4;
+}
 
 const char* plan_skinny_out(const Problem& p, Plan& plan) {
     if (p.out_channels > kMaxSkinny) return "C_out is larger than 4";
@@ -725,7 +743,8 @@ const char* plan_depthwise(const Problem& p, Plan& plan) {
     plan.taps = static_cast<int>(taps);
     plan.group_channels = kChannelBlock;
     plan.vector_in = p.in_channels == p.out_channels && vector_input(p), plan.vector_out = vector_output(p);
-    plan.fast = (width == 3 || width == 5 || width == 7) && unit_steps(p.axis[1]) && unit_steps(p.axis[2]) && plan.vector_in;
+    plan.fast =
+        (width == 3 || width == 5 || width == 7) && unit_steps(p.axis[1]) && unit_steps(p.axis[2]) && plan.vector_in;
     plan.shared_bytes = taps * kChannelBlock * 4;
     plan.rows = plan.pitch = 0;
     if (plan.shared_bytes > kMaxSharedBytes) return kTooManyTaps;
@@ -738,15 +757,17 @@ const char* kNoGradPlan = "the gradient needs more than 2^31 blocks or rows";
 const char* plan_depthwise_grad(const GradProblem& p, GradPlan& plan) {
     const Axis* a = p.axis;
     const int64_t width = a[2].taps, limit = 0x7fffffff;
-    plan.vector = vectors(p.input, p.storage, p.channels, p.in_batch_stride, a[0].in_stride, a[1].in_stride, a[2].in_stride) &&
-                  vectors(p.grad, p.storage, p.channels, p.grad_batch_stride, a[0].out_stride, a[1].out_stride, a[2].out_stride);
+    plan.vector =
+        vectors(p.input, p.storage, p.channels, p.in_batch_stride, a[0].in_stride, a[1].in_stride, a[2].in_stride) &&
+        vectors(p.grad, p.storage, p.channels, p.grad_batch_stride, a[0].out_stride, a[1].out_stride, a[2].out_stride);
     const bool fast = (width == 3 || width == 5 || width == 7) && unit_steps(a[2]) && plan.vector;
     plan.kernel_w = static_cast<int>(width), plan.kernel_h = static_cast<int>(a[1].taps);
     plan.taps = static_cast<int>(all_taps(p.axis));
     plan.tap_rows = fast ? static_cast<int>(a[0].taps * a[1].taps) : plan.taps;
     plan.groups = static_cast<int>((p.channels + kChannelBlock - 1) / kChannelBlock);
     plan.runs_x = (a[2].out_size + kRun - 1) / kRun;
-    plan.step_rows = static_cast<int>(kWorkers / plan.runs_x), plan.step_runs = static_cast<int>(kWorkers % plan.runs_x);
+    plan.step_rows = static_cast<int>(kWorkers / plan.runs_x),
+    plan.step_runs = static_cast<int>(kWorkers % plan.runs_x);
     const double rows = static_cast<double>(p.batch) * a[0].out_size * a[1].out_size;
     if (rows > limit) return kNoGradPlan;
     plan.runs = static_cast<int64_t>(rows) * plan.runs_x;
@@ -759,7 +780,8 @@ const char* plan_depthwise_grad(const GradProblem& p, GradPlan& plan) {
 }
 
 template <typename P, typename L>
-const char* launch(void (*kernel)(P, L), const P& p, const L& plan, int64_t blocks, int64_t shared_bytes, void* stream) {
+const char* launch(void (*kernel)(P, L), const P& p, const L& plan, int64_t blocks, int64_t shared_bytes,
+                   void* stream) {
     if (shared_bytes > 48 << 10) {
         const auto wide = cudaFuncAttributeMaxDynamicSharedMemorySize;
         const cudaError_t error = cudaFuncSetAttribute(kernel, wide, static_cast<int>(shared_bytes));
@@ -773,9 +795,12 @@ const char* launch(void (*kernel)(P, L), const P& p, const L& plan, int64_t bloc
 template <typename F>
 const char* with_storage(Storage storage, F&& run) {
     switch (storage) {
-        case Storage::float32: return run(float{});
-        case Storage::bfloat16: return run(BFloat16{});
-        case Storage::float16: return run(Float16{});
+        case Storage::float32:
+            return run(float{});
+        case Storage::bfloat16:
+            return run(BFloat16{});
+        case Storage::float16:
+            return run(Float16{});
     }
     return "the storage type is unknown";
 }
@@ -795,7 +820,8 @@ const char* skinny_in(const Problem& p, void* stream) {
     if (const char* why = plan_skinny_in(p, plan)) return why;
     return with_storage(p.storage, [&](auto t) {
         using T = decltype(t);
-        return launch(plan.fast ? skinny_in_kernel<T, 3> : skinny_in_kernel<T, 0>, p, plan, plan.blocks, plan.shared_bytes, stream);
+        return launch(plan.fast ? skinny_in_kernel<T, 3> : skinny_in_kernel<T, 0>, p, plan, plan.blocks,
+                      plan.shared_bytes, stream);
     });
 }
 

@@ -77,19 +77,29 @@ void run_block(int kind, const Problem& p, const Plan& plan, int64_t block) {
     };
     const int width = plan.fast ? static_cast<int>(p.axis[2].taps) : 0;
     if (kind == 0) {
-        if (plan.fast) phases(SkinnyIn<T, 3>{});
-        else phases(SkinnyIn<T, 0>{});
+        if (plan.fast)
+            phases(SkinnyIn<T, 3>{});
+        else
+            phases(SkinnyIn<T, 0>{});
     } else if (kind == 1) {
         const int columns = skinny_out_columns(p, plan.fast);
-        if (!plan.fast) summed(std::integral_constant<int, 4>{}, SkinnyOut<T, 4, 0>{});
-        else if (columns == 1) summed(std::integral_constant<int, 1>{}, SkinnyOut<T, 1, 3>{});
-        else if (columns == 3) summed(std::integral_constant<int, 3>{}, SkinnyOut<T, 3, 3>{});
-        else summed(std::integral_constant<int, 4>{}, SkinnyOut<T, 4, 3>{});
+        if (!plan.fast)
+            summed(std::integral_constant<int, 4>{}, SkinnyOut<T, 4, 0>{});
+        else if (columns == 1)
+            summed(std::integral_constant<int, 1>{}, SkinnyOut<T, 1, 3>{});
+        else if (columns == 3)
+            summed(std::integral_constant<int, 3>{}, SkinnyOut<T, 3, 3>{});
+        else
+            summed(std::integral_constant<int, 4>{}, SkinnyOut<T, 4, 3>{});
     } else {
-        if (width == 3) phases(Depthwise<T, 3>{});
-        else if (width == 5) phases(Depthwise<T, 5>{});
-        else if (width == 7) phases(Depthwise<T, 7>{});
-        else phases(Depthwise<T, 0>{});
+        if (width == 3)
+            phases(Depthwise<T, 3>{});
+        else if (width == 5)
+            phases(Depthwise<T, 5>{});
+        else if (width == 7)
+            phases(Depthwise<T, 7>{});
+        else
+            phases(Depthwise<T, 0>{});
     }
 }
 
@@ -120,10 +130,14 @@ bool run_grad(const Case& c, const Problem& f, double tolerance) {
         }
     };
     const int width = plan.tap_rows == plan.taps ? 1 : plan.kernel_w;
-    if (width == 3) phases(DepthwiseGrad<T, 3>{});
-    else if (width == 5) phases(DepthwiseGrad<T, 5>{});
-    else if (width == 7) phases(DepthwiseGrad<T, 7>{});
-    else phases(DepthwiseGrad<T, 1>{});
+    if (width == 3)
+        phases(DepthwiseGrad<T, 3>{});
+    else if (width == 5)
+        phases(DepthwiseGrad<T, 5>{});
+    else if (width == 7)
+        phases(DepthwiseGrad<T, 7>{});
+    else
+        phases(DepthwiseGrad<T, 1>{});
     double worst = 0, scale = 0;
     const Axis* a = p.axis;
     for (int tap = 0; tap < taps; ++tap) {
@@ -145,7 +159,8 @@ bool run_grad(const Case& c, const Problem& f, double tolerance) {
                                 at += q * a[i].in_stride;
                             }
                             if (!valid) continue;
-                            const int64_t g = n * p.grad_batch_stride + z * a[0].out_stride + y * a[1].out_stride + x * a[2].out_stride + ch;
+                            const int64_t g = n * p.grad_batch_stride + z * a[0].out_stride + y * a[1].out_stride +
+                                              x * a[2].out_stride + ch;
                             sum += static_cast<double>(to_float(dy[g])) * to_float(static_cast<const T*>(p.input)[at]);
                         }
             const double density = p.density ? to_float(static_cast<const T*>(p.density)[tap]) : 1.0;
@@ -186,7 +201,8 @@ bool run_grad_input(const Case& c, const Problem& f, double tolerance) {
     for (int64_t n = 0; n < f.batch; ++n)
         for (int64_t o = 0; o < a[0].out_size * a[1].out_size * a[2].out_size; ++o)
             for (int64_t k = 0; k < taps; ++k) {
-                const int64_t j[3] = {o / (a[1].out_size * a[2].out_size), o / a[2].out_size % a[1].out_size, o % a[2].out_size};
+                const int64_t j[3] = {o / (a[1].out_size * a[2].out_size), o / a[2].out_size % a[1].out_size,
+                                      o % a[2].out_size};
                 const int64_t t[3] = {k / (c.kernel[1] * c.kernel[2]), k / c.kernel[2] % c.kernel[1], k % c.kernel[2]};
                 int64_t from = n * f.out_batch_stride, to = n * f.in_batch_stride;
                 bool valid = true;
@@ -197,7 +213,8 @@ bool run_grad_input(const Case& c, const Problem& f, double tolerance) {
                 }
                 const double density = f.density ? to_float(static_cast<const T*>(f.density)[k]) : 1.0;
                 for (int64_t ch = 0; valid && ch < f.in_channels; ++ch)
-                    expected[to + ch] += density * to_float(static_cast<const T*>(f.weight)[ch * taps + k]) * to_float(dy[from + ch]);
+                    expected[to + ch] +=
+                        density * to_float(static_cast<const T*>(f.weight)[ch * taps + k]) * to_float(dy[from + ch]);
             }
     double worst = 0, scale = 0;
     for (size_t i = 0; i < dx.size(); ++i) {
@@ -229,13 +246,15 @@ bool run_case(const Case& c, Storage storage, double tolerance) {
     p.batch = c.batch, p.in_channels = c.in_channels, p.out_channels = c.out_channels;
     p.in_batch_stride = in.n, p.out_batch_stride = p.residual_batch_stride = out.n;
     for (int i = 0; i < 3; ++i)
-        p.axis[i] = Axis{c.size[i], out_size[i], in.s[i], out.s[i], out.s[i], c.stride[i], -c.low[i], c.dilation[i],
-                         c.kernel[i], c.kernel[i], 0, 1};
+        p.axis[i] = Axis{c.size[i], out_size[i],   in.s[i],     out.s[i],    out.s[i], c.stride[i],
+                         -c.low[i], c.dilation[i], c.kernel[i], c.kernel[i], 0,        1};
     p.input = x.data(), p.weight = w.data(), p.output = y.data();
     p.density = c.density ? d.data() : nullptr, p.bias = c.bias ? b.data() : nullptr;
     p.residual = c.residual ? r.data() : nullptr;
     Plan plan;
-    const char* why = c.kind == 0 ? plan_skinny_in(p, plan) : c.kind == 1 ? plan_skinny_out(p, plan) : plan_depthwise(p, plan);
+    const char* why = c.kind == 0   ? plan_skinny_in(p, plan)
+                      : c.kind == 1 ? plan_skinny_out(p, plan)
+                                    : plan_depthwise(p, plan);
     if (why) return std::printf("%-24s not planned: %s WRONG\n", c.name, why), false;
     for (int64_t block = 0; block < plan.blocks; ++block) run_block<T>(c.kind, p, plan, block);
 
@@ -247,7 +266,8 @@ bool run_case(const Case& c, Storage storage, double tolerance) {
                     for (int64_t o = 0; o < c.out_channels; ++o) {
                         double sum = c.bias ? to_float(b[o]) : 0;
                         for (int64_t k = 0; k < taps; ++k) {
-                            const int64_t t[3] = {k / (c.kernel[1] * c.kernel[2]), k / c.kernel[2] % c.kernel[1], k % c.kernel[2]};
+                            const int64_t t[3] = {k / (c.kernel[1] * c.kernel[2]), k / c.kernel[2] % c.kernel[1],
+                                                  k % c.kernel[2]};
                             const int64_t j[3] = {z, yy, xx};
                             int64_t at = n * in.n;
                             bool valid = true;
@@ -260,7 +280,8 @@ bool run_case(const Case& c, Storage storage, double tolerance) {
                             const double density = c.density ? to_float(d[k]) : 1.0;
                             for (int64_t i = 0; i < per_group; ++i) {
                                 const int64_t channel = c.kind == 2 ? o / (c.out_channels / c.in_channels) : i;
-                                sum += static_cast<double>(to_float(x[at + channel])) * to_float(w[(o * per_group + i) * taps + k]) * density;
+                                sum += static_cast<double>(to_float(x[at + channel])) *
+                                       to_float(w[(o * per_group + i) * taps + k]) * density;
                             }
                         }
                         const int64_t at = n * out.n + z * out.s[0] + yy * out.s[1] + xx * out.s[2] + o;
@@ -272,7 +293,10 @@ bool run_case(const Case& c, Storage storage, double tolerance) {
     bool good = worst <= tolerance * scale;
     for (int64_t i = 0; i < out.total; ++i)  // nothing may be written between the pixels' channels
         if (i % (c.out_channels + c.gap) >= c.out_channels) good = good && std::isnan(to_float(y[i]));
-    std::printf("%-24s %-8s %s error %.2e of %.2e %s\n", c.name, storage == Storage::float32 ? "float32" : storage == Storage::bfloat16 ? "bfloat16" : "float16",
+    std::printf("%-24s %-8s %s error %.2e of %.2e %s\n", c.name,
+                storage == Storage::float32    ? "float32"
+                : storage == Storage::bfloat16 ? "bfloat16"
+                                               : "float16",
                 plan.fast ? "fast   " : "general", worst, scale, good ? "" : "WRONG");
     if (c.kind == 2 && c.in_channels == c.out_channels) {
         good = run_grad<T>(c, p, tolerance * 4) && good;
@@ -301,6 +325,7 @@ bool conversions() {
     return good;
 }
 
+// clang-format off
 const Case kCases[] = {
     // name, kind, batch, c_in, c_out, size, kernel, stride, low, high, dilation, density, bias, residual, activation, gap
     {"first rgb", 0, 1, 3, 64, {1, 17, 70}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, true, true, false, 1, 0},
@@ -325,6 +350,7 @@ const Case kCases[] = {
     {"depthwise multiplier", 2, 1, 6, 18, {1, 9, 9}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, true, true, false, 0, 0},
     {"depthwise 3-d", 2, 1, 16, 16, {4, 5, 6}, {3, 3, 3}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, true, true, false, 0, 4},
 };
+// clang-format on
 
 }  // namespace
 
