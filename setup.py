@@ -43,7 +43,7 @@ SOURCES = [
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # GCC 12 reports the undefined operands of its own AVX-512 intrinsics as uninitialised.
-KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 CUDA = "pydenoise._cuda"
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 SANITIZE = ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover"]

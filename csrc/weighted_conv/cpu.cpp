@@ -1,8 +1,10 @@
 // Compiled once per ISA level: PDN_ISA names the level, and the one exported symbol carries the name.
+#include "depthwise.inl"
 #include "depthwise_grad.inl"
 #include "grad_weight.inl"
 #include "kernel.inl"
 #include "params.h"
+#include "skinny.inl"
 #include "winograd.inl"
 
 #define PDN_JOIN2(a, b) a##b
@@ -13,6 +15,9 @@ namespace weighted_conv {
 namespace {
 
 constexpr Algorithm kAlgorithms[] = {
+    kDepthwise,
+    kSkinnyIn,
+    kSkinnyOut,
     kWinograd,
     kDirectF32,
 #if defined(__AVX512BF16__)

@@ -55,6 +55,37 @@ struct BFloat16 {
 
 // ------------------------------------------------------------------------------------------------ register tile
 
+// Where the output pixels of a tile lie, and what is done to the sums on the way there.
+template <class T>
+struct Finish {
+    const T* bias;  // of this block, or null
+    int activation;
+    int lanes;  // valid output channels
+    T* output;
+    int64_t out_stride;
+    const T* residual;  // or null
+    int64_t residual_stride;
+};
+
+// The output pixel (n, row, column) of `p`, channels from `channel`.
+template <class T>
+PDN_INLINE Finish<T> finish_at(const ConvParams& p, int64_t n, int64_t row, int64_t column, int64_t channel, int lanes) {
+    const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
+    const int64_t od = row / b.out_size, oh = row % b.out_size;
+    Finish<T> f;
+    f.bias = p.bias ? static_cast<const T*>(p.bias) + channel : nullptr;
+    f.activation = static_cast<int>(p.activation);
+    f.lanes = lanes;
+    f.output = static_cast<T*>(p.output) + n * p.out_batch_stride + od * a.out_stride + oh * b.out_stride +
+               column * c.out_stride + channel;
+    f.out_stride = c.out_stride;
+    f.residual = p.residual ? static_cast<const T*>(p.residual) + n * p.residual_batch_stride + od * a.residual_stride +
+                                  oh * b.residual_stride + column * c.residual_stride + channel
+                            : nullptr;
+    f.residual_stride = c.residual_stride;
+    return f;
+}
+
 // A stretch of input channels that every pixel of a tile multiplies with the same weights: one tap, or a whole row of
 // taps where neighbouring pixels lie next to each other in memory.
 template <class E>
@@ -75,13 +106,7 @@ struct TileTask {
     int64_t pixel_stride;
     const float* start;  // accumulators of the chunk before, [M][N * kWidth], or null: start from the bias
     float* stop;         // where to leave the accumulators, or null: finish the output
-    const T* bias;       // of this block, or null
-    int activation;
-    int lanes;  // valid output channels
-    T* output;
-    int64_t out_stride;
-    const T* residual;
-    int64_t residual_stride;
+    Finish<T> finish;
 };
 
 template <class E, int M, int N>
@@ -115,12 +140,35 @@ PDN_INLINE vf bias_vector(const T* bias, int lanes) {
     return lanes >= kWidth ? load(bias) : load_partial(bias, lanes);
 }
 
+template <class T, int M, int N>
+PDN_INLINE void finish_tile(vf (&acc)[M][N], const Finish<T>& f) {
+    const bool relu_only = f.activation == static_cast<int>(Activation::relu);
+    if (relu_only || f.activation == static_cast<int>(Activation::none)) {
+        const vf floor = splat(relu_only ? 0.f : -__builtin_inff());
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < N; ++j) acc[m][j] = select(acc[m][j] < floor, floor, acc[m][j]);
+    } else {
+        float values[M * N * kWidth];
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < N; ++j) store(values + (m * N + j) * kWidth, acc[m][j]);
+        activate_all(values, M * N, f.activation);
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < N; ++j) acc[m][j] = load(values + (m * N + j) * kWidth);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+        for (int j = 0; j < N; ++j)
+            finish_vector(acc[m][j], f.residual ? f.residual + m * f.residual_stride + j * kWidth : nullptr,
+                          f.output + m * f.out_stride + j * kWidth, f.lanes - j * kWidth);
+}
+
 template <class E, int M, int N>
 void tile(const TileTask<E>& t) {
     using T = typename E::T;
     vf acc[M][N];
     for (int j = 0; j < N; ++j) {
-        const vf first = t.start ? vf{} : bias_vector(t.bias ? t.bias + j * kWidth : nullptr, t.lanes - j * kWidth);
+        const vf first = t.start ? vf{} : bias_vector(t.finish.bias ? t.finish.bias + j * kWidth : nullptr, t.finish.lanes - j * kWidth);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) acc[m][j] = t.start ? load(t.start + (m * N + j) * kWidth) : first;
     }
@@ -170,30 +218,12 @@ void tile(const TileTask<E>& t) {
             for (int j = 0; j < N; ++j) store(t.stop + (m * N + j) * kWidth, acc[m][j]);
         return;
     }
-    const bool relu_only = t.activation == static_cast<int>(Activation::relu);
-    if (relu_only || t.activation == static_cast<int>(Activation::none)) {
-        const vf floor = splat(relu_only ? 0.f : -__builtin_inff());
-#pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < N; ++j) acc[m][j] = select(acc[m][j] < floor, floor, acc[m][j]);
-    } else {
-        float values[M * N * kWidth];
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < N; ++j) store(values + (m * N + j) * kWidth, acc[m][j]);
-        activate_all(values, M * N, t.activation);
-        for (int m = 0; m < M; ++m)
-            for (int j = 0; j < N; ++j) acc[m][j] = load(values + (m * N + j) * kWidth);
-    }
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-        for (int j = 0; j < N; ++j)
-            finish_vector(acc[m][j], t.residual ? t.residual + m * t.residual_stride + j * kWidth : nullptr,
-                          t.output + m * t.out_stride + j * kWidth, t.lanes - j * kWidth);
+    finish_tile(acc, t.finish);
 }
 
 template <class E, int M>
 PDN_INLINE void tile_of(const TileTask<E>& t) {
-    t.lanes > kWidth ? tile<E, M, 2>(t) : tile<E, M, 1>(t);
+    t.finish.lanes > kWidth ? tile<E, M, 2>(t) : tile<E, M, 1>(t);
 }
 
 template <class E>
@@ -445,11 +475,7 @@ struct DirectRun {
         task.stretches = stretches;
         task.pixels = pixels;
         task.pixel_stride = c.step * c.in_stride;
-        task.bias = p.bias ? static_cast<const T*>(p.bias) + channel : nullptr;
-        task.activation = static_cast<int>(p.activation);
-        task.lanes = static_cast<int>(min64(kLanes, p.out_channels - block * kLanes));
-        task.out_stride = c.out_stride;
-        task.residual_stride = c.residual_stride;
+        const int lanes = static_cast<int>(min64(kLanes, p.out_channels - block * kLanes));
         const int64_t outer_taps = a.taps * b.taps;
         const int64_t outer_bytes = max64(1, c.taps * layout.tap_elements(width) * static_cast<int64_t>(sizeof(T)));
         const int64_t per_chunk = max64(1, kWeightChunkBytes / outer_bytes);
@@ -465,13 +491,7 @@ struct DirectRun {
                 float* saved = accumulators + first * width;
                 task.start = from == 0 ? nullptr : saved;
                 task.stop = to >= outer_taps ? nullptr : saved;
-                const int64_t od = row / b.out_size, oh = row % b.out_size;
-                task.output = static_cast<T*>(p.output) + n * p.out_batch_stride + od * a.out_stride + oh * b.out_stride +
-                              column * c.out_stride + channel;
-                task.residual = p.residual ? static_cast<const T*>(p.residual) + n * p.residual_batch_stride +
-                                                 od * a.residual_stride + oh * b.residual_stride +
-                                                 column * c.residual_stride + channel
-                                           : nullptr;
+                task.finish = finish_at<T>(p, n, row, column, channel, lanes);
                 run_tile<E>(task, count);
                 first += count;
             }

@@ -1,0 +1,346 @@
+// The first and last layers of image networks: one to four channels on one side.
+#pragma once
+
+#include "depthwise.inl"
+#include "kernel.inl"
+
+namespace pdn {
+namespace weighted_conv {
+namespace {
+
+constexpr int64_t kSkinnyChannels = 4;
+
+template <class T>
+PDN_INLINE vf load_lanes(const T* p, int64_t lanes) {
+    return lanes >= kWidth ? load(p) : load_partial(p, static_cast<int>(lanes));
+}
+
+// ------------------------------------------------------------------------------------------------ few channels in
+// The input rows that an output row needs are laid out with their padding, so that tap t of a pixel lies at a fixed offset
+// whatever the border; then one flat loop runs over all taps and channels.
+
+const char* skinny_in_unsupported(const ConvParams& p) {
+    if (p.in_channels > kSkinnyChannels) return "skinny_in: more than 4 input channels per group";
+    return p.out_channels >= kWidth ? nullptr : "skinny_in: fewer output channels than a vector holds";
+}
+
+PDN_INLINE int64_t skinny_steps(const ConvParams& p) {
+    return p.in_channels * p.axis[0].taps * p.axis[1].taps * p.axis[2].taps;
+}
+
+// Packed: [group][block][tap of the whole kernel][channel][block width], float32 whatever the storage type.
+struct SkinnyPacking {
+    int64_t blocks, taps, group_floats;
+
+    explicit SkinnyPacking(const ConvParams& p) {
+        blocks = ceil_div(p.out_channels, kLanes);
+        taps = p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel;
+        group_floats = ((blocks - 1) * kLanes + block_width(p, blocks - 1)) * taps * p.in_channels;
+    }
+
+    int64_t block_offset(const ConvParams& p, int64_t group, int64_t block) const {
+        return group * group_floats + block * kLanes * taps * p.in_channels;
+    }
+};
+
+int64_t skinny_in_packed_bytes(const ConvParams& p) { return p.groups * SkinnyPacking(p).group_floats * 4; }
+int64_t skinny_in_pack_items(const ConvParams& p) { return p.groups * SkinnyPacking(p).blocks; }
+
+template <class T>
+void skinny_in_pack_as(const ConvParams& p, const WeightView& view, float* packed, int64_t begin, int64_t end) {
+    const SkinnyPacking layout(p);
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t group = item / layout.blocks, block = item % layout.blocks;
+        const int width = block_width(p, block);
+        float* out = packed + layout.block_offset(p, group, block);
+        for (int64_t tap = 0; tap < layout.taps; ++tap) {
+            const float factor = view.density ? widen(static_cast<const T*>(view.density)[tap * view.tap_stride]) : 1.f;
+            for (int64_t c = 0; c < p.in_channels; ++c)
+                for (int64_t o = 0; o < width; ++o) {
+                    const int64_t channel = block * kLanes + o;
+                    const int64_t at = group * view.group_stride + channel * view.out_stride + c * view.in_stride +
+                                       tap * view.tap_stride;
+                    *out++ = channel < p.out_channels ? widen(static_cast<const T*>(view.weight)[at]) * factor : 0.f;
+                }
+        }
+    }
+}
+
+void skinny_in_pack(const ConvParams& p, const WeightView& view, void* packed, int64_t begin, int64_t end) {
+    float* out = static_cast<float*>(packed);
+    p.dtype == DType::float32 ? skinny_in_pack_as<float>(p, view, out, begin, end)
+                              : skinny_in_pack_as<bf16>(p, view, out, begin, end);
+}
+
+int64_t skinny_in_items(const ConvParams& p) { return p.batch * p.groups * p.axis[0].out_size * p.axis[1].out_size; }
+
+// One step of the flat loop: where its input lies from the pixel, and its weights from the block.
+struct SkinnyStep {
+    int32_t input, weight;
+};
+
+// Pixels of a padded row: every position that a tap of an output pixel can have.
+PDN_INLINE int64_t padded_span(const Axis& c) {
+    const int64_t reach = (c.taps - 1) * c.offset_step;
+    return (c.out_size - 1) * c.step + (reach < 0 ? -reach : reach) + 1;
+}
+
+int64_t skinny_in_scratch(const ConvParams& p) {
+    const int64_t rows = p.axis[0].taps * p.axis[1].taps;
+    return (rows * padded_span(p.axis[2]) * p.in_channels + kWidth) * 4 + (skinny_steps(p) + 1) * sizeof(SkinnyStep) + 64;
+}
+
+template <int M, int N, int Stride, class T>
+void skinny_in_tile(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count, const Finish<T>& f) {
+    vf acc[M][N];
+    for (int j = 0; j < N; ++j) {
+        const vf first = bias_vector(f.bias ? f.bias + j * kWidth : nullptr, f.lanes - j * kWidth);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) acc[m][j] = first;
+    }
+    for (int64_t k = 0; k < count; ++k) {
+        const float* at = x + steps[k].input;
+        vf b[N];
+        for (int j = 0; j < N; ++j) b[j] = load(w + steps[k].weight * (N * kWidth) + j * kWidth);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) {
+            const vf a = splat(at[m * (Stride ? Stride : stride)]);
+            for (int j = 0; j < N; ++j) acc[m][j] += a * b[j];
+        }
+    }
+    finish_tile(acc, f);
+}
+
+template <int M, int N, class T>
+PDN_INLINE void skinny_in_strides(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count,
+                                  const Finish<T>& f) {
+    switch (stride) {  // a stride known when compiling makes every pixel an offset from one register
+        case 1: return skinny_in_tile<M, N, 1, T>(x, stride, w, steps, count, f);
+        case 3: return skinny_in_tile<M, N, 3, T>(x, stride, w, steps, count, f);
+        default: return skinny_in_tile<M, N, 0, T>(x, stride, w, steps, count, f);
+    }
+}
+
+template <int M, class T>
+PDN_INLINE void skinny_in_pixels(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count,
+                                 const Finish<T>& f) {
+    f.lanes > kWidth ? skinny_in_strides<M, 2, T>(x, stride, w, steps, count, f)
+                     : skinny_in_strides<M, 1, T>(x, stride, w, steps, count, f);
+}
+
+// Copy the input rows of one output row into `rows`, zeros where they leave the image.
+template <class T>
+void skinny_in_fill(const ConvParams& p, int64_t n, int64_t group, int64_t row, float* rows) {
+    const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
+    const int64_t span = padded_span(c), reach = (c.taps - 1) * c.offset_step;
+    const int64_t first = c.offset + (reach < 0 ? reach : 0);
+    const T* image = static_cast<const T*>(p.input) + n * p.in_batch_stride + group * p.in_channels;
+    for (int64_t i = 0; i < a.taps; ++i) {
+        const int64_t d = in_position(a, row / b.out_size, i);
+        for (int64_t j = 0; j < b.taps; ++j, rows += span * p.in_channels) {
+            const int64_t h = in_position(b, row % b.out_size, j);
+            std::memset(rows, 0, static_cast<size_t>(span * p.in_channels) * sizeof(float));
+            if (!inside(d, a.in_size) || !inside(h, b.in_size)) continue;
+            const T* from = image + d * a.in_stride + h * b.in_stride;
+            const int64_t low = max64(0, -first), high = min64(span, c.in_size - first);
+            for (int64_t w = low; w < high; ++w)
+                for (int64_t ch = 0; ch < p.in_channels; ++ch)
+                    rows[w * p.in_channels + ch] = widen(from[(first + w) * c.in_stride + ch]);
+        }
+    }
+}
+
+template <class T>
+void skinny_in_run_as(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
+    const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
+    const SkinnyPacking layout(p);
+    const int64_t span = padded_span(c), reach = (c.taps - 1) * c.offset_step, count = skinny_steps(p);
+    SkinnyStep* steps = static_cast<SkinnyStep*>(scratch);
+    float* rows = reinterpret_cast<float*>(steps + (count + 1));
+    int64_t at = 0;
+    for (int64_t i = 0; i < a.taps; ++i)
+        for (int64_t j = 0; j < b.taps; ++j)
+            for (int64_t k = 0; k < c.taps; ++k)
+                for (int64_t ch = 0; ch < p.in_channels; ++ch, ++at) {
+                    const int64_t tap = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap +
+                                        k * c.tap_step;
+                    const int64_t column = k * c.offset_step - (reach < 0 ? reach : 0);
+                    steps[at].input = static_cast<int32_t>(((i * b.taps + j) * span + column) * p.in_channels + ch);
+                    steps[at].weight = static_cast<int32_t>(tap * p.in_channels + ch);
+                }
+    const int64_t image_rows = a.out_size * b.out_size, stride = c.step * p.in_channels;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t row = item % image_rows, group = item / image_rows % p.groups, n = item / (image_rows * p.groups);
+        skinny_in_fill<T>(p, n, group, row, rows);
+        for (int64_t column = 0; column < c.out_size;) {
+            const int64_t left = c.out_size - column;
+            for (int64_t block = 0; block < layout.blocks; ++block) {
+                const int lanes = static_cast<int>(min64(kLanes, p.out_channels - block * kLanes));
+                const Finish<T> f = finish_at<T>(p, n, row, column, group * p.out_channels + block * kLanes, lanes);
+                const float* w = static_cast<const float*>(p.packed) + layout.block_offset(p, group, block);
+                const float* x = rows + column * stride;
+                if (left >= kTile)
+                    skinny_in_pixels<kTile, T>(x, stride, w, steps, count, f);
+                else if (left >= 4)
+                    skinny_in_pixels<4, T>(x, stride, w, steps, count, f);
+                else
+                    skinny_in_pixels<1, T>(x, stride, w, steps, count, f);
+            }
+            column += left >= kTile ? kTile : left >= 4 ? 4 : 1;
+        }
+    }
+}
+
+void skinny_in_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
+    p.dtype == DType::float32 ? skinny_in_run_as<float>(p, begin, end, scratch) : skinny_in_run_as<bf16>(p, begin, end, scratch);
+}
+
+constexpr Algorithm kSkinnyIn = {"skinny_in",          skinny_in_unsupported, skinny_in_packed_bytes, skinny_in_pack_items,
+                                 skinny_in_pack,       skinny_in_items,       skinny_in_scratch,      skinny_in_run};
+
+// ------------------------------------------------------------------------------------------------ few channels out
+// Input channels fill the vectors; the sums of a few pixels times all output channels stay in registers, and the lanes are
+// added up at the end.
+
+constexpr int kSkinnyPixels = kWidth == 16 ? 6 : 3;
+
+const char* skinny_out_unsupported(const ConvParams& p) {
+    if (p.out_channels > kSkinnyChannels) return "skinny_out: more than 4 output channels per group";
+    return p.in_channels >= kWidth ? nullptr : "skinny_out: fewer input channels than a vector holds";
+}
+
+// Packed: [group][tap of the whole kernel][output channel][input channels up to a whole vector], float32.
+PDN_INLINE int64_t skinny_row(const ConvParams& p) { return ceil_div(p.in_channels, kWidth) * kWidth; }
+int64_t skinny_out_packed_bytes(const ConvParams& p) {
+    return p.groups * all_taps(p) * p.out_channels * skinny_row(p) * 4;
+}
+int64_t skinny_out_pack_items(const ConvParams& p) { return p.groups; }
+
+template <class T>
+void skinny_out_pack_as(const ConvParams& p, const WeightView& view, float* packed, int64_t begin, int64_t end) {
+    const int64_t taps = all_taps(p), row = skinny_row(p);
+    for (int64_t group = begin; group < end; ++group)
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const float factor = view.density ? widen(static_cast<const T*>(view.density)[tap * view.tap_stride]) : 1.f;
+            for (int64_t o = 0; o < p.out_channels; ++o) {
+                float* out = packed + ((group * taps + tap) * p.out_channels + o) * row;
+                for (int64_t c = 0; c < row; ++c) {
+                    const int64_t at = group * view.group_stride + o * view.out_stride + c * view.in_stride + tap * view.tap_stride;
+                    out[c] = c < p.in_channels ? widen(static_cast<const T*>(view.weight)[at]) * factor : 0.f;
+                }
+            }
+        }
+}
+
+void skinny_out_pack(const ConvParams& p, const WeightView& view, void* packed, int64_t begin, int64_t end) {
+    float* out = static_cast<float*>(packed);
+    p.dtype == DType::float32 ? skinny_out_pack_as<float>(p, view, out, begin, end)
+                              : skinny_out_pack_as<bf16>(p, view, out, begin, end);
+}
+
+int64_t skinny_out_items(const ConvParams& p) { return p.batch * p.groups * p.axis[0].out_size * p.axis[1].out_size; }
+int64_t skinny_out_scratch(const ConvParams& p) { return skinny_row(p) * 4 + 64; }
+
+template <class T>
+struct SkinnyOutRow {
+    const ConvParams& p;
+    int64_t n, group, row, lanes_row, taps;
+    const T* zeros;
+
+    SkinnyOutRow(const ConvParams& params, int64_t item, const void* zero_row) : p(params) {
+        const int64_t rows = p.axis[0].out_size * p.axis[1].out_size;
+        row = item % rows;
+        group = item / rows % p.groups;
+        n = item / (rows * p.groups);
+        lanes_row = skinny_row(p);
+        taps = all_taps(p);
+        zeros = static_cast<const T*>(zero_row);
+    }
+
+    template <int M, int O>
+    void tap(vf (&acc)[M][O], const T* const (&x)[M], const float* w) const {
+        const int64_t whole = p.in_channels / kWidth * kWidth;
+        for (int64_t c = 0; c < whole; c += kWidth) {
+            vf weight[O];
+            for (int o = 0; o < O; ++o) weight[o] = load(w + o * lanes_row + c);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; ++m) {
+                const vf value = load(x[m] + c);
+                for (int o = 0; o < O; ++o) acc[m][o] += value * weight[o];
+            }
+        }
+        if (whole == p.in_channels) return;
+        const int tail = static_cast<int>(p.in_channels - whole);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            const vf value = load_partial(x[m] + whole, tail);
+            for (int o = 0; o < O; ++o) acc[m][o] += value * load(w + o * lanes_row + whole);
+        }
+    }
+
+    template <int M, int O>
+    void tile(int64_t column) const {
+        const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
+        const T* image = static_cast<const T*>(p.input) + n * p.in_batch_stride + group * p.in_channels;
+        const float* packed = static_cast<const float*>(p.packed) + group * taps * O * lanes_row;
+        vf acc[M][O];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+            for (int o = 0; o < O; ++o) acc[m][o] = vf{};
+        for (int64_t i = 0; i < a.taps; ++i) {
+            const int64_t d = in_position(a, row / b.out_size, i);
+            if (!inside(d, a.in_size)) continue;
+            for (int64_t j = 0; j < b.taps; ++j) {
+                const int64_t h = in_position(b, row % b.out_size, j);
+                if (!inside(h, b.in_size)) continue;
+                const T* from = image + d * a.in_stride + h * b.in_stride;
+                const int64_t outer = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap;
+                for (int64_t k = 0; k < c.taps; ++k) {
+                    const T* x[M];
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; ++m) {
+                        const int64_t w = in_position(c, column + m, k);
+                        x[m] = inside(w, c.in_size) ? from + w * c.in_stride : zeros;
+                    }
+                    tap<M, O>(acc, x, packed + (outer + k * c.tap_step) * O * lanes_row);
+                }
+            }
+        }
+        for (int m = 0; m < M; ++m) {
+            float sums[kWidth] = {};
+            for (int o = 0; o < O; ++o) sums[o] = reduce_add(acc[m][o]);
+            const Finish<T> f = finish_at<T>(p, n, row, column + m, group * O, O);
+            vf result[1][1] = {{load(sums) + bias_vector(f.bias, O)}};
+            finish_tile(result, f);
+        }
+    }
+
+    template <int M>
+    void pixels(int64_t column) const {
+        switch (p.out_channels) {
+            case 1: return tile<M, 1>(column);
+            case 2: return tile<M, 2>(column);
+            case 3: return tile<M, 3>(column);
+            default: return tile<M, 4>(column);
+        }
+    }
+
+    void run() const {
+        int64_t column = 0;
+        for (; column + kSkinnyPixels <= p.axis[2].out_size; column += kSkinnyPixels) pixels<kSkinnyPixels>(column);
+        for (; column < p.axis[2].out_size; ++column) pixels<1>(column);
+    }
+};
+
+void skinny_out_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
+    std::memset(scratch, 0, static_cast<size_t>(skinny_out_scratch(p)));
+    for (int64_t item = begin; item < end; ++item)
+        p.dtype == DType::float32 ? SkinnyOutRow<float>(p, item, scratch).run() : SkinnyOutRow<bf16>(p, item, scratch).run();
+}
+
+constexpr Algorithm kSkinnyOut = {"skinny_out",    skinny_out_unsupported, skinny_out_packed_bytes, skinny_out_pack_items,
+                                  skinny_out_pack, skinny_out_items,       skinny_out_scratch,      skinny_out_run};
+
+}  // namespace
+}  // namespace weighted_conv
+}  // namespace pdn
