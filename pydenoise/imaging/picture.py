@@ -14,7 +14,7 @@ class ImageError(ValueError):
 
 @dataclass
 class Picture:
-    """``pixels`` [H, W, C], uint8 or uint16, C = 1 (gray) or 3 (RGB); ``alpha`` [H, W] of the same dtype or ``None``."""
+    """``pixels`` [H, W, C], uint8 or uint16, C = 1 (gray) or 3 (RGB); ``alpha`` [H, W] of that dtype, or ``None``."""
 
     pixels: np.ndarray
     alpha: np.ndarray | None = None
@@ -30,7 +30,9 @@ class Picture:
         if pixels.ndim != 3 or pixels.shape[2] not in (1, 3) or 0 in pixels.shape:
             raise ValueError(f"pixels: expected [H, W, 1 or 3] and at least one pixel, got {list(pixels.shape)}")
         if alpha is not None and (alpha.shape != pixels.shape[:2] or alpha.dtype != pixels.dtype):
-            raise ValueError(f"alpha: expected {list(pixels.shape[:2])} {pixels.dtype}, got {list(alpha.shape)} {alpha.dtype}")
+            raise ValueError(
+                f"alpha: expected {list(pixels.shape[:2])} {pixels.dtype}, got {list(alpha.shape)} {alpha.dtype}"
+            )
 
     @property
     def bits(self) -> int:

@@ -112,7 +112,16 @@ def _pillow_metadata(image) -> tuple[dict, int]:
         if ORIENTATION in exif:
             exif[ORIENTATION] = 1
         data = exif.tobytes() if len(exif) else None
-    except (ValueError, TypeError, KeyError, struct.error, OSError, SyntaxError, OverflowError, AttributeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        struct.error,
+        OSError,
+        SyntaxError,
+        OverflowError,
+        AttributeError,
+    ) as error:
         orientation, data = 1, None  # cameras write broken EXIF: the picture matters more
         notes.append(f"the EXIF data cannot be read and is left out ({_first_line(error)})")
     dpi = image.info.get("dpi")
@@ -125,7 +134,7 @@ def _pillow_metadata(image) -> tuple[dict, int]:
 
 
 def _read_png16(path: Path, head: bytes) -> Picture:
-    """Pillow reads 16-bit colour as 8-bit, so libpng (through imagecodecs) does it; Pillow reads what stands beside it."""
+    """Pillow reads 16-bit colour as 8-bit, so libpng (through imagecodecs) does it; Pillow reads the metadata."""
     check_size(str(path), *struct.unpack(">II", head[16:24]))
     codecs = require("imagecodecs", "imagecodecs", "reading 16-bit PNG pictures")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -164,9 +173,13 @@ def _tiff_samples(path: Path, tifffile, page) -> np.ndarray:
     check_size(str(path), page.imagewidth, page.imagelength)
     photometric, kinds = page.photometric, tifffile.PHOTOMETRIC
     if photometric not in (kinds.MINISBLACK, kinds.MINISWHITE, kinds.RGB, kinds.YCBCR):
-        raise ImageError(f"{path}: a TIFF picture of kind {getattr(photometric, 'name', photometric)}; convert it to RGB or gray")
+        raise ImageError(
+            f"{path}: a TIFF picture of kind {getattr(photometric, 'name', photometric)}; convert it to RGB or gray"
+        )
     if page.dtype not in (np.uint8, np.uint16) or page.bitspersample not in (8, 16):
-        raise ImageError(f"{path}: {page.bitspersample}-bit samples of type {page.dtype}; expected 8 or 16 bit unsigned integers")
+        raise ImageError(
+            f"{path}: {page.bitspersample}-bit samples of type {page.dtype}; expected 8 or 16 bit unsigned integers"
+        )
     colours = 1 if photometric in (kinds.MINISBLACK, kinds.MINISWHITE) else 3
     if page.imagedepth != 1 or page.samplesperpixel not in (colours, colours + 1):
         raise ImageError(f"{path}: {page.samplesperpixel} samples a pixel; expected {colours}, or one more for alpha")

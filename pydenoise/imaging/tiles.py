@@ -5,7 +5,7 @@ aligned to the network's phases, that is the untiled result exactly (up to the o
 needs blending.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -55,7 +55,9 @@ def tile_windows(height: int, width: int, tile: int, overlap: int, align: int = 
     if tile == 0:
         tile = max(height, width)
     elif tile - 2 * overlap < align:
-        raise ValueError(f"tile: {tile} leaves nothing between two margins of overlap {overlap}; expected more than {2 * overlap}")
+        raise ValueError(
+            f"tile: {tile} leaves nothing between two margins of overlap {overlap}; expected more than {2 * overlap}"
+        )
     columns = axis_spans(width, tile, overlap, align)
     return [(row, column) for row in axis_spans(height, tile, overlap, align) for column in columns]
 
@@ -69,22 +71,21 @@ def map_tiles(
     align: int = 2,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    out: np.ndarray | None = None,
-) -> Iterator[np.ndarray]:
-    """Run ``run`` over the tiles of ``pixels``; yields the output array after every tile (it is the same array).
+    on_tile: Callable[[], object] | None = None,
+) -> np.ndarray:
+    """Run ``run`` over the tiles of ``pixels``; returns a new array of its shape and dtype.
 
     Args:
         pixels: [H, W, C], uint8 or uint16.
         run: takes [1, C, h, w] in channels_last memory, values in [0, 1], and returns that shape; the result is clipped
             to [0, 1] and rounded to the samples of ``pixels``' dtype.
-        out: where to write, shape and dtype of ``pixels`` and not overlapping it; a new array if ``None``.
+        on_tile: called after every tile.
+
+    Raises ``ValueError`` for a tile or overlap that :func:`tile_windows` refuses, and for a result of another shape.
     """
     height, width, _ = pixels.shape
     windows = tile_windows(height, width, tile, overlap, align)
-    if out is None:
-        out = np.empty(pixels.shape, pixels.dtype)
-    elif out.shape != pixels.shape or out.dtype != pixels.dtype:
-        raise ValueError(f"out: expected {list(pixels.shape)} {pixels.dtype}, got {list(out.shape)} {out.dtype}")
+    out = np.empty(pixels.shape, pixels.dtype)
     top = float(np.iinfo(pixels.dtype).max)
     for rows, columns in windows:
         window = np.ascontiguousarray(pixels[rows.start : rows.stop, columns.start : columns.stop], np.float32)
@@ -92,7 +93,14 @@ def map_tiles(
         y = run(x)
         if y.shape != x.shape:
             raise ValueError(f"run: expected a result of shape {list(x.shape)}, got {list(y.shape)}")
-        inner = y[0, :, rows.low - rows.start : rows.high - rows.start, columns.low - columns.start : columns.high - columns.start]
+        inner = y[
+            0,
+            :,
+            rows.low - rows.start : rows.high - rows.start,
+            columns.low - columns.start : columns.high - columns.start,
+        ]
         samples = inner.permute(1, 2, 0).float().clamp(0, 1).mul(top).round().cpu().numpy()
         out[rows.low : rows.high, columns.low : columns.high] = samples
-        yield out
+        if on_tile is not None:
+            on_tile()
+    return out

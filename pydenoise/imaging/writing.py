@@ -21,8 +21,8 @@ JPEG_MAX_SIDE = 65535
 def check_output(path: str | Path, picture: Picture) -> str:
     """Check that ``picture`` can be written to ``path``, before any work is done; returns the format.
 
-    Raises :class:`ImageError` for an unknown extension, a directory, a place that cannot be written to, and for what the
-    format cannot hold (16-bit samples or alpha in JPEG); MissingExtra if the package that writes it is not installed.
+    Raises :class:`ImageError` for an unknown extension, a directory, a place that cannot be written to, and for what
+    the format cannot hold (16-bit samples or alpha in JPEG); MissingExtra if the package that writes it is missing.
     """
     path = Path(path)
     if path.is_dir():

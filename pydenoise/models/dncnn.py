@@ -1,7 +1,7 @@
 """DnCNN: a plain stack of 3x3 convolutions that predicts the noise.
 
-Source: Zhang, Zuo, Chen, Meng and Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image Denoising",
-IEEE TIP 2017. Depth 17 and 64 features are the paper's network for a known noise level.
+Source: Zhang, Zuo, Chen, Meng and Zhang, "Beyond a Gaussian Denoiser: Residual Learning of Deep CNN for Image
+Denoising", IEEE TIP 2017. Depth 17 and 64 features are the paper's network for a known noise level.
 """
 
 import torch
@@ -40,7 +40,7 @@ class DnCNN(nn.Module):
 
     @torch.no_grad()
     def randomize_statistics(self, seed: int = 0) -> "DnCNN":
-        """Give the batch normalisations non-trivial statistics, as a trained network has (benches, tests of folding)."""
+        """Give the batch normalisations statistics that are not 0 and 1, as a trained network has."""
         generator = torch.Generator().manual_seed(seed)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):

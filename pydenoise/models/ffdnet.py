@@ -1,8 +1,8 @@
 """FFDNet: a denoiser that is told the noise level and works on the four half-resolution phases of the image.
 
-Source: Zhang, Zuo and Zhang, "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising", IEEE TIP 2018.
-The published weights hold their batch normalisations already folded: plain convolutions with ReLU between them, stored as
-``model.0.weight, model.0.bias, model.2.weight, ...`` (the ReLUs take the odd numbers). The class below has the same keys.
+Source: Zhang, Zuo and Zhang, "FFDNet: Toward a Fast and Flexible Solution for CNN-Based Image Denoising", IEEE TIP
+2018. The published weights have their batch normalisations folded in: plain convolutions with ReLU between them, stored
+as ``model.0.weight, model.0.bias, model.2.weight, ...`` (the ReLUs take the odd numbers). The class has these keys.
 """
 
 import pickle
@@ -108,13 +108,17 @@ def ffdnet_from_state_dict(state: Mapping[str, Tensor], name: str = "state_dict"
     indices = sorted(int(match[1]) for key in state if (match := re.fullmatch(r"model\.(\d+)\.weight", key)))
     expected = {f"model.{2 * index}.{kind}" for index in range(len(indices)) for kind in ("weight", "bias")}
     if len(indices) < 2 or set(state) != expected:
-        raise WeightsError(f"{name}: not an FFDNet checkpoint: expected the keys model.0.weight, model.0.bias, "
-                           f"model.2.weight, ..., got {_describe(state)}")
+        raise WeightsError(
+            f"{name}: not an FFDNet checkpoint: expected the keys model.0.weight, model.0.bias, "
+            f"model.2.weight, ..., got {_describe(state)}"
+        )
     first, last = state["model.0.weight"], state[f"model.{indices[-1]}.weight"]
     phases = last.shape[0] if last.dim() else 0
     if first.dim() != 4 or phases == 0 or phases % (SCALE * SCALE):
-        raise WeightsError(f"{name}: not an FFDNet checkpoint: first and last layer have the shapes "
-                           f"{list(first.shape)} and {list(last.shape)}")
+        raise WeightsError(
+            f"{name}: not an FFDNet checkpoint: first and last layer have the shapes "
+            f"{list(first.shape)} and {list(last.shape)}"
+        )
     model = FFDNet(phases // (SCALE * SCALE), first.shape[0], len(indices))
     try:
         model.load_state_dict(state)

@@ -1,0 +1,1 @@
+"""The command line: ``pydenoise info | denoise | demo | bench | weights``; one module per command."""

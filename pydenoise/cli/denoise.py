@@ -1,0 +1,165 @@
+"""``pydenoise denoise``: FFDNet on the user's own picture."""
+
+import argparse
+import math
+from pathlib import Path
+
+from pydenoise.cli.main import CommandError
+
+TRAINED_SIGMA = 75.0
+EXAMPLE_SIDE = 64  # what the accelerated network is checked on before it runs; any size works afterwards
+DESCRIPTION = """Remove noise from a picture with FFDNet. PNG, JPEG and TIFF; gray and RGB; 8 and 16 bit, which the
+output keeps; alpha, colour profile and (except in TIFF) EXIF data travel along. The picture goes through the network in
+overlapping tiles, so memory does not grow with its size. Gray pictures go through the colour network as three equal
+channels, whose results are averaged."""
+
+
+def add_parser(subparsers) -> None:
+    """Add the ``denoise`` command."""
+    parser = subparsers.add_parser("denoise", help="denoise a picture", description=DESCRIPTION)
+    add = parser.add_argument
+    add("input", type=Path, metavar="IN", help="PNG, JPEG or TIFF")
+    add("-o", "--output", type=Path, required=True, metavar="OUT", help="the extension decides the format")
+    noise = "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75"
+    add("--sigma", type=_sigma, required=True, metavar="S", help=noise)
+    add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the network (default: fp32)")
+    add(
+        "--tile",
+        type=_even,
+        default=512,
+        metavar="N",
+        help="side of a tile, margins included; 0: no tiles (default: 512)",
+    )
+    margin = "margin of a tile that is read but not used (default: the receptive radius, 24, which is exact)"
+    add("--overlap", type=_even, metavar="N", help=margin)
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
+    add("--backend", choices=("pydenoise", "torch"), default="pydenoise", help="whose kernels (default: pydenoise)")
+    add("-q", "--quiet", action="store_true", help="print nothing but errors")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then denoise and write; returns the exit code."""
+    from pydenoise.imaging import check_output, read_picture, require, write_picture
+    from pydenoise.models import load_ffdnet
+    from pydenoise.models.weights import find_ffdnet
+
+    console = require("rich.console", "rich", "the command line").Console(
+        stderr=True, quiet=args.quiet, highlight=False
+    )
+    model = load_ffdnet(find_ffdnet(args.weights))
+    overlap = model.receptive_radius if args.overlap is None else args.overlap
+    _check_options(args, overlap)
+    picture = read_picture(args.input)
+    check_output(args.output, picture)
+    if picture.gray is False and model.channels == 1:
+        raise CommandError(f"{args.input} is RGB and the weights are for gray pictures")
+    for text in [*picture.notes, *_notes(args, model, overlap)]:
+        console.print(f"note: {text}", style="yellow", markup=False)
+    console.print(f"{args.input}: {picture.describe()}", markup=False)
+    denoise_picture(picture, model, args, overlap, console)
+    for text in write_picture(args.output, picture):
+        console.print(f"note: {text}", style="yellow", markup=False)
+    console.print(f"wrote {args.output}", markup=False)
+    return 0
+
+
+def denoise_picture(picture, model, args: argparse.Namespace, overlap: int, console) -> None:
+    """Replace the pixels of ``picture`` by denoised ones, tile by tile, with a progress bar on ``console``."""
+    import torch
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from pydenoise.imaging import map_tiles, tile_windows
+
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    height, width, _ = picture.pixels.shape
+    windows = tile_windows(height, width, args.tile, overlap)
+    dtype = torch.bfloat16 if args.precision == "bf16" and args.backend == "torch" else torch.float32
+    sigma = torch.full((1, 1, 1, 1), args.sigma / 255, dtype=dtype, device=args.device)
+    network = prepare_network(model, sigma, args.backend, args.precision)
+    columns_shown = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles")]
+    columns_shown += [TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn()]
+    with torch.inference_mode(), Progress(*columns_shown, console=console, disable=args.quiet) as progress:
+        task = progress.add_task(f"denoising ({args.backend}, {args.precision})", total=len(windows))
+        run_tile = _run_tile(network, sigma, picture.gray and model.channels == 3)
+        picture.pixels = map_tiles(
+            picture.pixels,
+            run_tile,
+            tile=args.tile,
+            overlap=overlap,
+            device=args.device,
+            dtype=dtype,
+            on_tile=lambda: progress.advance(task),
+        )
+
+
+def prepare_network(model, sigma, backend: str, precision: str):
+    """``model`` on the device of ``sigma``: in channels_last memory for torch, accelerated for pydenoise."""
+    import torch
+
+    model = model.to(sigma.device)
+    if backend == "torch":
+        return model.to(dtype=sigma.dtype, memory_format=torch.channels_last)
+    import pydenoise
+
+    example = torch.rand(1, model.channels, EXAMPLE_SIDE, EXAMPLE_SIDE, device=sigma.device)
+    example = example.contiguous(memory_format=torch.channels_last)
+    network, _ = pydenoise.accelerate(model, (example, sigma), precision, measure=False)
+    return network
+
+
+def _run_tile(network, sigma, replicate: bool):
+    if not replicate:
+        return lambda x: network(x, sigma)
+    return lambda x: network(x.expand(-1, 3, -1, -1), sigma).mean(dim=1, keepdim=True)
+
+
+def _check_options(args: argparse.Namespace, overlap: int) -> None:
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch finds no CUDA device; `pydenoise info` shows what it sees")
+    if args.tile and args.tile <= 2 * overlap:
+        raise CommandError(f"--tile {args.tile} leaves nothing between two margins of --overlap {overlap}")
+
+
+def _notes(args: argparse.Namespace, model, overlap: int) -> list[str]:
+    notes = []
+    if args.sigma > TRAINED_SIGMA:
+        notes.append(f"the network was trained for sigma 0 to {TRAINED_SIGMA:g}; {args.sigma:g} is beyond that")
+    if args.tile and overlap < model.receptive_radius:
+        notes.append(f"overlap {overlap} is less than the receptive radius {model.receptive_radius}: seams may show")
+    return notes
+
+
+def _sigma(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value >= 0):
+        raise argparse.ArgumentTypeError(f"expected a number of zero or more, got {text!r}")
+    return value
+
+
+def _even(text: str) -> int:
+    if not text.isdecimal() or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"expected an even number, zero or more, got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """argparse type: a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
