@@ -3,10 +3,10 @@
 One kernel, ``conv_kernel``, computes every problem of this form, with q an output position, t a tap, and per axis
 integers step, offset and hop:
 
-    y[q, o] = act(sum over t, c of x[q * step + offset + t * hop, c] * W[o, c, tap(t)] * density[tap(t)] + b[o]) + r[q, o]
+    y[q, o] = act(b[o] + sum over t, c of x[q * step + offset + t * hop, c] * V[o, c, tap(t)]) + r[q, o],  V = W * density
 
-The forward pass is one such problem. The input gradient is one per residue of the input position modulo the stride, each
-with the taps that reach that residue (none: zeros are written), so no work is spent on zeros between strided outputs.
+The forward pass is one such problem. The input gradient is one per residue of the input position modulo the stride,
+each with the taps that reach that residue (none: zeros are written), so no work goes to zeros between strided outputs.
 The weight gradient is a product of the output gradient with the unfolded input, split over the pixels; a second kernel
 adds the parts in a fixed order, multiplies by the density, and reduces the density's own gradient in the same pass.
 No float atomics: a call with the same tiles gives the same bits.
@@ -20,7 +20,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -100,7 +100,8 @@ def _both(rows, depth, ROWS_FIRST: tl.constexpr):
 @triton.jit
 def _epilogue(acc, bias, residual, y, channel, channel_ok, rows_ok, n, d, h, w,
               r_n, r_c, r_d, r_h, r_w, y_n, y_c, y_d, y_h, y_w,
-              HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, DIMS: tl.constexpr):  # fmt: skip
+              HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+              DIMS: tl.constexpr):  # fmt: skip
     """Bias, activation, residual and store of a [pixels, channels] tile; ``channel`` counts over all groups."""
     if HAS_BIAS:
         acc += tl.load(bias + channel, mask=channel_ok, other=0.0).to(tl.float32)[None, :]
@@ -130,8 +131,8 @@ def conv_kernel(
 ):  # fmt: skip
     """One [BLOCK_M pixels, BLOCK_O channels] tile of one group.
 
-    x has channel stride 1; channel counts are per group; w_* are strides of the weight in the roles it plays here. WIDE:
-    2^31 pixels or more. GATHER unfolds (tap, channel) into one axis, for few input channels; without it, the loop runs
+    x has channel stride 1; channel counts are per group; w_* are strides of the weight in the roles it plays here. WIDE
+    computes coordinates in 64 bits. GATHER unfolds (tap, channel) into one axis, for few input channels; without it, the loop runs
     over taps and blocks of BLOCK_K channels. WEIGHT_LEFT computes the transposed product: the weight, which has just
     been multiplied by the density in registers, is then the operand that Hopper's wgmma can take from registers.
     ``tune`` is read by the autotuner only.
@@ -293,7 +294,7 @@ def weight_gradient_kernel(
         by_n = BLOCK_P // out_w // out_h // out_d
 
     acc = tl.zeros((BLOCK_O, BLOCK_N), tl.float32)
-    for start in range(0, tl.cdiv(end - begin, BLOCK_P)):
+    for _ in range(0, tl.cdiv(end - begin, BLOCK_P)):
         p_ok = p < end
         from_d = d * step_d + offset_d
         from_h = h * step_h + offset_h
@@ -334,7 +335,7 @@ def reduce_kernel(
 ):  # fmt: skip
     """G = sum of the splits, in order; dweight = density * G; ddensity[program, tap] = sum over its rows of weight * G.
 
-    A row is a pair (output channel, input channel of the group). partial and weight are [o, tap, c], dweight is [o, c, tap].
+    A row is a pair (output channel, input channel of the group). partial and weight are [o, tap, c], dweight [o, c, tap].
     """
     program = tl.program_id(0)
     row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -421,12 +422,14 @@ def depthwise_kernel(
                     for j_w in tl.static_range(TAPS_W):
                         acc = _depthwise_tap(acc, x_rows, w_columns, density, j_d, j_h, j_w, rows_ok, c_ok,
                                              from_d, from_h, from_w, x_d, x_h, x_w, w_tap, in_d, in_h, in_w,
-                                             hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w, HAS_DENSITY, DIMS)  # fmt: skip
+                                             hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w,
+                                             HAS_DENSITY, DIMS)  # fmt: skip
                 else:
                     for j_w in range(TAPS_W):
                         acc = _depthwise_tap(acc, x_rows, w_columns, density, j_d, j_h, j_w, rows_ok, c_ok,
                                              from_d, from_h, from_w, x_d, x_h, x_w, w_tap, in_d, in_h, in_w,
-                                             hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w, HAS_DENSITY, DIMS)  # fmt: skip
+                                             hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w,
+                                             HAS_DENSITY, DIMS)  # fmt: skip
     _epilogue(acc, bias, residual, y, c, c_ok, rows_ok, n, d, h, w,
               r_n, r_c, r_d, r_h, r_w, y_n, y_c, y_d, y_h, y_w, HAS_BIAS, HAS_RESIDUAL, ACTIVATION, DIMS)  # fmt: skip
 
@@ -593,26 +596,27 @@ def _variants(kernel: str, precision: str, names: tuple[str, ...], rows: Sequenc
 _CONV_NAMES = ("BLOCK_M", "BLOCK_O", "BLOCK_K", "WEIGHT_LEFT")
 _GRADIENT_NAMES = ("BLOCK_O", "BLOCK_N", "BLOCK_P")
 
-# Every (kernel, tile) that can be launched; tests, benches and the ahead-of-time check loop over it. Within a kernel and
-# precision, the earlier of two tiles that waste equally little is tried first.
+# Every (kernel, tile) that can be launched; tests, benches and the ahead-of-time check loop over it. Among those that
+# waste little on a problem, the first is the default.
 VARIANTS: tuple[Variant, ...] = (
     *_variants("conv", "half", _CONV_NAMES, [
         (128, 128, 64, False, 8, 3),
         (128, 128, 64, True, 8, 3),
-        (128, 64, 64, False, 4, 3),
-        (128, 64, 64, True, 4, 3),
+        (128, 64, 64, False, 8, 3),
+        (128, 64, 32, True, 4, 4),
         (256, 64, 32, False, 8, 4),
         (128, 128, 32, False, 8, 4),
-        (64, 64, 64, False, 4, 4),
+        (256, 64, 32, True, 8, 4),
+        (64, 64, 64, True, 4, 3),
         (128, 32, 32, False, 4, 4),
         (128, 16, 64, False, 4, 4),
         (128, 32, 16, False, 4, 4),
     ]),
     *_variants("conv", "tf32", _CONV_NAMES, [
-        (128, 64, 32, False, 8, 3),
         (128, 128, 32, True, 8, 3),
+        (128, 64, 32, True, 8, 3),
         (64, 128, 32, False, 8, 3),
-        (64, 64, 32, False, 4, 3),
+        (64, 64, 32, True, 4, 3),
         (128, 32, 32, False, 4, 3),
         (128, 16, 16, False, 4, 3),
     ]),
@@ -644,7 +648,7 @@ VARIANTS: tuple[Variant, ...] = (
         (128, 128, 64, 8, 3),
         (64, 128, 64, 4, 3),
         (64, 256, 64, 8, 3),
-        (64, 64, 64, 4, 3),
+        (64, 64, 32, 4, 4),
         (32, 128, 64, 4, 3),
         (16, 128, 32, 4, 3),
         (64, 32, 64, 4, 3),
@@ -682,7 +686,9 @@ _CONV_KEYS = ["tune", "groups", "in_channels", "out_channels", "w_in", "step_w",
 _TUNING_KEYS = {
     "conv": _CONV_KEYS,
     "conv_unfold": [*_CONV_KEYS, "taps_d", "taps_h", "taps_w"],
-    "weight_gradient": ["tune", "groups", "in_channels", "out_channels", "taps_d", "taps_h", "taps_w", "step_w", "DIMS", "PRECISION"],
+    "weight_gradient": [
+        "tune", "groups", "in_channels", "out_channels", "taps_d", "taps_h", "taps_w", "step_w", "DIMS", "PRECISION",
+    ],
     "depthwise": ["tune", "channels", "TAPS_D", "TAPS_H", "TAPS_W", "step_w", "DIMS"],
     "depthwise_weight_gradient": ["tune", "channels", "taps", "step_w", "DIMS"],
 }  # fmt: skip
@@ -723,10 +729,7 @@ def candidates(kernel: str, args: dict) -> list[Variant]:
         return math.prod(-(-extent // blocks[axis]) * blocks[axis] for axis, extent in extents.items())
 
     least = min(map(padded, rows))
-    kept = [v for v in rows if padded(v) <= _MOST_WASTE * least]
-    if not args.get("HAS_DENSITY", False):
-        kept = [v for v in kept if not dict(v.meta).get("WEIGHT_LEFT")] or kept
-    return kept[:_MOST_CANDIDATES]
+    return [v for v in rows if padded(v) <= _MOST_WASTE * least][:_MOST_CANDIDATES]
 
 
 def _variant_precision(kernel: str, args: dict) -> str:
@@ -747,7 +750,7 @@ def _interpreter_config(kernel: str, args: dict) -> triton.Config:
     return triton.Config(meta)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tuned(kernel: str) -> triton.runtime.Autotuner:
     def keep(configs, named, **kwargs):
         names = {v.name for v in candidates(kernel, {**named, **kwargs})}
@@ -847,7 +850,7 @@ def _conv_launch(
     x: Tensor, weight: _Weight, density, bias, residual, y: Tensor, axes: Sequence[Axis], groups: int, dims: int,
     activation: str = "none", *, transposed: bool = False,
 ) -> Launch:  # fmt: skip
-    """y [N, O, D, H, W] from x [N, C, D, H, W], both possibly views; ``transposed``: the weight maps y's channels to x's."""
+    """y [N, O, D, H, W] from x [N, C, D, H, W], possibly views; ``transposed``: the weight maps y's channels to x's."""
     pixels = y.shape[0] * math.prod(a.count for a in axes)
     rows, taps, columns = weight.rows.shape
     flags = {
@@ -933,8 +936,11 @@ def plan_weight_gradient(
     ddensity_parts: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
     *, splits: int | None = None,
 ) -> list[Launch]:  # fmt: skip
-    """The two launches that write ``dweight`` and ``ddensity_parts`` [``density_parts(weight)``, taps] (float64; either may be
-    ``None``); ``splits`` asks for a number of partial sums instead of the one that fills the device."""
+    """The two launches that write ``dweight`` and ``ddensity_parts`` (either may be ``None``).
+
+    ``ddensity_parts`` is float64 [``density_parts(weight)``, taps]; its sum over the first axis is the gradient.
+    ``splits`` asks for a number of partial weight gradients instead of the one that fills the device.
+    """
     axes = _forward_axes(input, weight, stride, padding, dilation)
     x = _channels_inner(_five(input))
     dy = _five(grad).contiguous(memory_format=torch.channels_last_3d)
@@ -1000,7 +1006,7 @@ def density_parts(weight: Tensor) -> int:
 
 
 def _split(pixels: int, tiles: int, weights: int, device: torch.device, splits: int | None) -> tuple[int, int]:
-    """(number of partial sums, pixels of each): enough programs to fill the device twice, and none of them too short."""
+    """(number of partial sums, pixels of each): enough programs to fill the device twice, none of them too short."""
     if splits is None:
         splits = min(-(-2 * _multiprocessors(device) // tiles), -(-pixels // _LEAST_SPLIT), _WORKSPACE // weights)
     per_split = -(-pixels // max(1, splits))
@@ -1008,7 +1014,7 @@ def _split(pixels: int, tiles: int, weights: int, device: torch.device, splits: 
     return -(-pixels // per_split), per_split
 
 
-@lru_cache(maxsize=None)
+@cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
@@ -1026,8 +1032,8 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """``activation(conv(input, weight * density) + bias) + residual``; ``padding`` is (low, high) per axis.
 
-    Shapes as in ``torch.nn.functional.conv{1,2,3}d``; all tensors have one dtype of ``DTYPES`` and one device. Arguments
-    are not checked here. Returns channels_last memory (contiguous in 1-D).
+    Shapes as in ``torch.nn.functional.conv{1,2,3}d``; all tensors have one dtype of ``DTYPES`` and one device.
+    Arguments are not checked here. Returns channels_last memory (contiguous in 1-D).
     """
     axes = _forward_axes(input, weight, stride, padding, dilation)
     size = [a.count for a in axes[3 - len(stride) :]]
