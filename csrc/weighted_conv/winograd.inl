@@ -22,7 +22,7 @@ constexpr int kWinogradVectors = 2;                    // output vectors per reg
 constexpr int kWinogradPoints = 36;
 constexpr int kWinogradLanes = kWinogradVectors * kWidth;
 constexpr int64_t kWinogradPackStep = 16;  // input channels per packing item
-constexpr int64_t kWinogradScratch = 640 * 1024;
+constexpr int64_t kWinogradScratch = 512 * 1024;
 constexpr float kRootHalf = 0.70710678118654752f, kRootTwo = 1.41421356237309505f;
 
 struct WinogradPlan {
@@ -126,47 +126,60 @@ void winograd_pack(const ConvParams& p, const WeightView& view, void* packed, in
 
 // ------------------------------------------------------------------------------------------------------- input
 
-// B^T d.
-PDN_INLINE void winograd_input_1d(const vf d[6], vf r[6]) {
-    const vf even_a = d[4] - 2.f * d[2], odd_a = d[3] - 2.f * d[1];
-    const vf even_b = d[4] - 0.5f * d[2], odd_b = d[3] - 0.5f * d[1];
+// Rows 0, 1, 2 of B^T d, from d[0] to d[4].
+PDN_INLINE void winograd_input_low(const vf d[6], vf r[3]) {
+    const vf even = d[4] - 2.f * d[2], odd = d[3] - 2.f * d[1];
     r[0] = (d[0] + d[4]) - 2.5f * d[2];
-    r[1] = even_a + kRootHalf * odd_a;
-    r[2] = even_a - kRootHalf * odd_a;
-    r[3] = even_b + kRootTwo * odd_b;
-    r[4] = even_b - kRootTwo * odd_b;
-    r[5] = (d[1] + d[5]) - 2.5f * d[3];
+    r[1] = even + kRootHalf * odd;
+    r[2] = even - kRootHalf * odd;
+}
+
+// Rows 3, 4, 5, from d[1] to d[5].
+PDN_INLINE void winograd_input_high(const vf d[6], vf r[3]) {
+    const vf even = d[4] - 0.5f * d[2], odd = d[3] - 0.5f * d[1];
+    r[0] = even + kRootTwo * odd;
+    r[1] = even - kRootTwo * odd;
+    r[2] = (d[1] + d[5]) - 2.5f * d[3];
 }
 
 // One tile, one vector of channels. Bit i of `rows` and bit j of `columns` tell whether position (i, j) of the 6x6 patch
 // lies in the input; kInside: all do. Position (0, 0) is in[at], which may lie outside the tensor. kFull: all lanes are
-// channels, else the first `lanes` are.
+// channels, else the first `lanes` are. Never inlined: in the loop over channels the compiler would compute all 72
+// addresses up front and spill them, which costs a quarter of the time.
 template <bool kInside, bool kFull>
-PDN_INLINE void winograd_input_tile(const float* in, int64_t at, int64_t row_step, int64_t column_step, int rows, int columns,
-                                    int lanes, float* v, int64_t v_step) {
-    vf t[6][6];
+__attribute__((noinline)) void winograd_input_tile(const float* in, int64_t at, int64_t row_step, int64_t column_step,
+                                                   int rows, int columns, int lanes, float* v, int64_t v_step) {
+    // In two halves that each load the patch: 18 intermediate vectors fit the registers of AVX-512, 36 would not.
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+        vf t[3][6];
 #pragma GCC unroll 6
-    for (int j = 0; j < 6; ++j) {
-        vf d[6], r[6];
-#pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) {
-            if (kInside || ((rows >> i) & (columns >> j) & 1)) {
-                const float* from = in + (at + i * row_step + j * column_step);
-                d[i] = kFull ? load(from) : load_partial(from, lanes);
-            } else {
-                d[i] = vf{};
+        for (int j = 0; j < 6; ++j) {
+            vf d[6] = {}, r[3];
+#pragma GCC unroll 5
+            for (int i = half; i < half + 5; ++i) {
+                if (kInside || ((rows >> i) & (columns >> j) & 1)) {
+                    const float* from = in + (at + i * row_step + j * column_step);
+                    d[i] = kFull ? load(from) : load_partial(from, lanes);
+                }
             }
+            if (half == 0) {
+                winograd_input_low(d, r);
+            } else {
+                winograd_input_high(d, r);
+            }
+#pragma GCC unroll 3
+            for (int i = 0; i < 3; ++i) t[i][j] = r[i];
         }
-        winograd_input_1d(d, r);
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) {
+            float* to = v + (half * 3 + i) * 6 * v_step;
+            vf r[6];
+            winograd_input_low(t[i], r);
+            winograd_input_high(t[i], r + 3);
 #pragma GCC unroll 6
-        for (int i = 0; i < 6; ++i) t[i][j] = r[i];
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) {
-        vf r[6];
-        winograd_input_1d(t[i], r);
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) store(v + (i * 6 + j) * v_step, r[j]);
+            for (int j = 0; j < 6; ++j) store(to + j * v_step, r[j]);
+        }
     }
 }
 
@@ -220,12 +233,24 @@ PDN_INLINE void winograd_rank1(vf acc[kRows][kVectors], const float* v, const fl
     }
 }
 
+// Pixels to bring into the L2 cache on the side. Spread evenly over the products, fetches are free; in bursts they would
+// fill the core's miss buffers and stall it.
+struct WinogradFetch {
+    const char* const* pixels;
+    int64_t count;
+};
+
 // m[r][n] = sum over channels c of v[c / width][r][c % width] * u[c][n].
 template <int kRows, int kVectors>
-void winograd_product(const float* v, int64_t vector_step, const float* u, int64_t channels, float* m) {
+void winograd_product(const float* v, int64_t vector_step, const float* u, int64_t channels, float* m,
+                      WinogradFetch fetch) {
     vf acc[kRows][kVectors] = {};
     int64_t c = channels;
     for (; c >= kWidth; c -= kWidth, v += vector_step) {
+        const int64_t done = channels - c;
+        if (done % 16 == 0) {
+            for (int64_t i = 0; i < fetch.count; ++i) __builtin_prefetch(fetch.pixels[i] + done * 4, 0, 2);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < kWidth; ++i) {
             winograd_rank1<kRows, kVectors>(acc, v + i, u);
@@ -240,7 +265,7 @@ void winograd_product(const float* v, int64_t vector_step, const float* u, int64
     }
 }
 
-using WinogradProduct = void (*)(const float*, int64_t, const float*, int64_t, float*);
+using WinogradProduct = void (*)(const float*, int64_t, const float*, int64_t, float*, WinogradFetch);
 
 template <int kVectors>
 PDN_INLINE WinogradProduct winograd_product_of(int64_t rows) {
@@ -264,15 +289,58 @@ PDN_INLINE WinogradProduct winograd_product_of(int64_t rows) {
     }
 }
 
+constexpr int64_t kWinogradFetches = 56;  // per tile: 6 rows of 4 pixels of the input, 4 x 4 of output and residual
+
+PDN_INLINE int64_t winograd_clamp(int64_t i, int64_t size) { return i < 0 ? 0 : i < size ? i : size - 1; }
+
+// The pixels that tiles [first, first + count) will read, less those shared with the left neighbour, and write. Returns
+// their number.
+int64_t winograd_fetch_list(const ConvParams& p, const WinogradPlan& plan, int64_t group, int64_t first, int64_t count,
+                            const char** list) {
+    const Axis &y = p.axis[1], &x = p.axis[2];
+    const float* input = static_cast<const float*>(p.input) + group * p.in_channels;
+    const float* output = static_cast<const float*>(p.output) + group * p.out_channels;
+    const float* residual = static_cast<const float*>(p.residual);
+    int64_t n = 0;
+    for (int64_t t = first; t < first + count; ++t) {
+        const int64_t image = t / plan.tiles_per_image, tile = t % plan.tiles_per_image;
+        const int64_t row = tile / plan.tile_columns * 4, column = tile % plan.tile_columns * 4;
+        for (int i = 0; i < 6; ++i) {
+            const int64_t at = image * p.in_batch_stride + winograd_clamp(row + i + y.offset, y.in_size) * y.in_stride;
+            for (int j = 2; j < 6; ++j) {
+                const int64_t pixel = at + winograd_clamp(column + j + x.offset, x.in_size) * x.in_stride;
+                list[n++] = reinterpret_cast<const char*>(input + pixel);
+            }
+        }
+        for (int i = 0; i < 4; ++i) {
+            const int64_t r = winograd_clamp(row + i, y.out_size);
+            for (int j = 0; j < 4; ++j) {
+                const int64_t c = winograd_clamp(column + j, x.out_size);
+                const int64_t to = image * p.out_batch_stride + r * y.out_stride + c * x.out_stride;
+                list[n++] = reinterpret_cast<const char*>(output + to);
+                if (!residual) continue;
+                const int64_t from = image * p.residual_batch_stride + r * y.residual_stride + c * x.residual_stride;
+                list[n++] = reinterpret_cast<const char*>(residual + group * p.out_channels + from);
+            }
+        }
+    }
+    return n;
+}
+
 // The 36 matrix products of one block of tiles with one column: m[point][tile][lane].
 void winograd_products(const ConvParams& p, const WinogradPlan& plan, const float* v, const float* u, int vectors,
-                       int64_t count, float* m) {
+                       int64_t count, float* m, WinogradFetch fetch) {
+    const int64_t total = fetch.count;
+    int64_t calls = 0;
     const int64_t groups = winograd_ceil(count, kWinogradRows), lanes = vectors * kWidth;
     for (int point = 0; point < kWinogradPoints; ++point) {
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t t = g * count / groups, rows = (g + 1) * count / groups - t;
             const WinogradProduct product = vectors == 1 ? winograd_product_of<1>(rows) : winograd_product_of<2>(rows);
-            product(v + t * kWidth, plan.block * kWidth, u, p.in_channels, m + t * lanes);
+            const int64_t from = total * calls / (kWinogradPoints * groups);
+            const int64_t to = total * ++calls / (kWinogradPoints * groups);
+            const WinogradFetch share = {fetch.pixels + from, to - from};
+            product(v + t * kWidth, plan.block * kWidth, u, p.in_channels, m + t * lanes, share);
         }
         v += plan.v_step;
         u += p.in_channels * lanes;
@@ -410,21 +478,33 @@ int64_t winograd_items(const ConvParams& p) {
 
 int64_t winograd_scratch_bytes(const ConvParams& p) {
     const WinogradPlan plan = winograd_plan(p);
-    return kWinogradPoints * (plan.v_step + plan.m_step) * 4;
+    return kWinogradPoints * (plan.v_step + plan.m_step) * 4 + plan.block * kWinogradFetches * 8;
 }
 
 void winograd_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
     const WinogradPlan plan = winograd_plan(p);
     float* v = static_cast<float*>(scratch);
     float* m = v + kWinogradPoints * plan.v_step;
+    const char** list = reinterpret_cast<const char**>(m + kWinogradPoints * plan.m_step);
+    int64_t listed = 0;
     for (int64_t item = begin; item < end; ++item) {
         const int64_t column = item % plan.columns, block = item / plan.columns;
         const int64_t group = block / plan.blocks, b = block % plan.blocks;
         const int64_t first = b * plan.tiles / plan.blocks, count = (b + 1) * plan.tiles / plan.blocks - first;
-        if (item == begin || column == 0) winograd_input(p, plan, group, first, count, v);
+        if (item == begin || column == 0) {
+            winograd_input(p, plan, group, first, count, v);
+            listed = 0;
+            if (item - column + plan.columns < end) {
+                const int64_t next = (block + 1) % plan.blocks, from = next * plan.tiles / plan.blocks;
+                const int64_t to = (next + 1) * plan.tiles / plan.blocks;
+                listed = winograd_fetch_list(p, plan, (block + 1) / plan.blocks, from, to - from, list);
+            }
+        }
+        const int64_t share = column * listed / plan.columns;
+        const WinogradFetch fetch = {list + share, (column + 1) * listed / plan.columns - share};
         const int vectors = winograd_column_vectors(p, column);
         const float* u = static_cast<const float*>(p.packed) + group * plan.group_floats + column * plan.column_floats;
-        winograd_products(p, plan, v, u, vectors, count, m);
+        winograd_products(p, plan, v, u, vectors, count, m, fetch);
         winograd_output(p, plan, m, group, column, vectors, first, count);
     }
 }

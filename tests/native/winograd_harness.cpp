@@ -222,7 +222,7 @@ int time_layer(int64_t in, int64_t out, int64_t height, int64_t width, int repea
         each_block([&](int64_t, int64_t count) {
             for (int64_t column = 0; column < plan.columns; ++column) {
                 winograd_products(q.p, plan, v, reinterpret_cast<float*>(q.packed) + column * plan.column_floats,
-                                  winograd_column_vectors(q.p, column), count, m);
+                                  winograd_column_vectors(q.p, column), count, m, {nullptr, 0});
             }
         });
     });
