@@ -299,9 +299,17 @@ def output_size(
 # ---------------------------------------------------------------------------- torch op: kernel, fake kernel, autograd
 
 
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The channels_last format for ``tensor``'s rank (contiguous for [N, C, L])."""
-    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim(), torch.contiguous_format)
+# Every row returns images with adjacent channels, 1-D ones too, so that the fake kernels need not know which row runs.
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """``tensor`` [N, C, *spatial] with adjacent channels in memory."""
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised [N, C, *spatial] with adjacent channels in memory."""
+    return like.new_empty((shape[0], *shape[2:], shape[1])).movedim(-1, 1)
 
 
 @torch.library.impl(_library, "weighted_conv", "CompositeExplicitAutograd")
@@ -324,13 +332,13 @@ def _fake(input, weight, density, bias, residual, stride, padding, dilation, gro
         for i, n in enumerate(input.shape[2:])
     ]
     shape = (input.shape[0], weight.shape[0], *size)
-    return input.new_empty(shape).contiguous(memory_format=memory_format(input))
+    return empty_channels_last(input, shape)
 
 
 @torch.library.register_fake("pydenoise::weighted_conv_backward", lib=_library)
 def _fake_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask, backend):
     empty = grad.new_empty(0)
-    dx = torch.empty_like(input, memory_format=memory_format(input)) if mask[0] else empty
+    dx = empty_channels_last(input, input.shape) if mask[0] else empty
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if mask[1] else empty
     ddensity = torch.empty_like(density) if mask[2] and density is not None else empty
     return dx, dweight, ddensity
@@ -376,7 +384,7 @@ def _reference_run(input, weight, density, bias, residual, stride, padding, dila
     y = reference.weighted_conv(
         input, weight, density, bias, residual, stride, padding, dilation, groups, activation
     )
-    return y.contiguous(memory_format=memory_format(input))
+    return channels_last(y)
 
 
 def _reference_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask):
@@ -384,7 +392,7 @@ def _reference_backward(grad, input, weight, density, stride, padding, dilation,
         grad, input, weight, density, stride, padding, dilation, groups, mask
     )
     if dx is not None:
-        dx = dx.contiguous(memory_format=memory_format(input))
+        dx = empty_channels_last(input, input.shape).copy_(dx)  # dx may be a part of the padded gradient
     return dx, (None if dweight is None else dweight.contiguous()), ddensity
 
 
