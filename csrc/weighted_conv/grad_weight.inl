@@ -120,13 +120,6 @@ int64_t grad_items(const GradWeightParams& p) {
     return layout.chunks * p.groups * layout.blocks * layout.outer_taps;
 }
 
-// First and one-past-last output position whose input position for tap t lies inside the image.
-PDN_INLINE void valid_range(const Axis& a, int64_t t, int64_t* low, int64_t* high) {
-    const int64_t at = a.offset + t * a.offset_step;
-    *low = at >= 0 ? 0 : ceil_div(-at, a.step);
-    *high = min64(a.out_size, at >= a.in_size ? 0 : (a.in_size - 1 - at) / a.step + 1);
-}
-
 // All taps along the innermost axis, for a few rows of input and output gradient.
 void grad_rows(const GradWeightParams& p, OuterTask task, float* acc) {
     const Axis& c = p.axis[2];

@@ -86,6 +86,16 @@ PDN_INLINE Finish<T> finish_at(const ConvParams& p, int64_t n, int64_t row, int6
     return f;
 }
 
+// The same `columns` pixels and `channels` channels further on.
+template <class T>
+PDN_INLINE Finish<T> moved(Finish<T> f, int64_t columns, int64_t channels, int lanes) {
+    if (f.bias) f.bias += channels;
+    if (f.residual) f.residual += columns * f.residual_stride + channels;
+    f.output += columns * f.out_stride + channels;
+    f.lanes = lanes;
+    return f;
+}
+
 // A stretch of input channels that every pixel of a tile multiplies with the same weights: one tap, or a whole row of
 // taps where neighbouring pixels lie next to each other in memory.
 template <class E>
@@ -129,9 +139,16 @@ PDN_INLINE void finish_vector(vf acc, const T* residual, T* output, int lanes) {
     }
 }
 
-// The activations that are not a comparison: out of line, so that every tile does not carry their code.
-__attribute__((noinline)) void activate_all(float* values, int vectors, int activation) {
-    for (int i = 0; i < vectors; ++i) store(values + i * kWidth, activate(load(values + i * kWidth), activation));
+// The rare ends of a tile, out of line so that not every tile carries their code: activations that are more than a
+// comparison, and outputs that do not fill their vectors.
+template <class T>
+__attribute__((noinline)) void finish_values(float* values, int pixels, int vectors, const Finish<T>& f) {
+    for (int m = 0; m < pixels; ++m)
+        for (int j = 0; j < vectors; ++j) {
+            const vf value = activate(load(values + (m * vectors + j) * kWidth), f.activation);
+            finish_vector(value, f.residual ? f.residual + m * f.residual_stride + j * kWidth : nullptr,
+                          f.output + m * f.out_stride + j * kWidth, f.lanes - j * kWidth);
+        }
 }
 
 template <class T>
@@ -143,24 +160,26 @@ PDN_INLINE vf bias_vector(const T* bias, int lanes) {
 template <class T, int M, int N>
 PDN_INLINE void finish_tile(vf (&acc)[M][N], const Finish<T>& f) {
     const bool relu_only = f.activation == static_cast<int>(Activation::relu);
-    if (relu_only || f.activation == static_cast<int>(Activation::none)) {
-        const vf floor = splat(relu_only ? 0.f : -__builtin_inff());
+    if (f.lanes < N * kWidth || (!relu_only && f.activation != static_cast<int>(Activation::none))) {
+        float values[M * N * kWidth];
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
-            for (int j = 0; j < N; ++j) acc[m][j] = select(acc[m][j] < floor, floor, acc[m][j]);
-    } else {
-        float values[M * N * kWidth];
-        for (int m = 0; m < M; ++m)
             for (int j = 0; j < N; ++j) store(values + (m * N + j) * kWidth, acc[m][j]);
-        activate_all(values, M * N, f.activation);
+        return finish_values(values, M, N, f);
+    }
+    if (relu_only) {
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
-            for (int j = 0; j < N; ++j) acc[m][j] = load(values + (m * N + j) * kWidth);
+            for (int j = 0; j < N; ++j) acc[m][j] = relu(acc[m][j]);
+    }
+    if (f.residual) {
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < N; ++j) acc[m][j] += load(f.residual + m * f.residual_stride + j * kWidth);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-        for (int j = 0; j < N; ++j)
-            finish_vector(acc[m][j], f.residual ? f.residual + m * f.residual_stride + j * kWidth : nullptr,
-                          f.output + m * f.out_stride + j * kWidth, f.lanes - j * kWidth);
+        for (int j = 0; j < N; ++j) store(f.output + m * f.out_stride + j * kWidth, acc[m][j]);
 }
 
 template <class E, int M, int N>
@@ -394,6 +413,13 @@ PDN_INLINE int64_t in_position(const Axis& a, int64_t out, int64_t tap) {
     return out * a.step + a.offset + tap * a.offset_step;
 }
 PDN_INLINE bool inside(int64_t position, int64_t size) { return static_cast<uint64_t>(position) < static_cast<uint64_t>(size); }
+
+// First and one-past-last output position whose input position for tap t lies inside the image.
+PDN_INLINE void valid_range(const Axis& a, int64_t t, int64_t* low, int64_t* high) {
+    const int64_t at = a.offset + t * a.offset_step;
+    *low = at >= 0 ? 0 : ceil_div(-at, a.step);
+    *high = min64(a.out_size, at >= a.in_size ? 0 : (a.in_size - 1 - at) / a.step + 1);
+}
 
 template <class E>
 struct DirectRun {

@@ -128,6 +128,13 @@ PDN_INLINE void skinny_in_pixels(const float* x, int64_t stride, const float* w,
                      : skinny_in_strides<M, 1, T>(x, stride, w, steps, count, f);
 }
 
+PDN_INLINE void copy_widened(const float* from, float* to, int64_t count) {
+    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+}
+PDN_INLINE void copy_widened(const bf16* from, float* to, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
+}
+
 // Copy the input rows of one output row into `rows`, zeros where they leave the image.
 template <class T>
 void skinny_in_fill(const ConvParams& p, int64_t n, int64_t group, int64_t row, float* rows) {
@@ -143,6 +150,11 @@ void skinny_in_fill(const ConvParams& p, int64_t n, int64_t group, int64_t row, 
             if (!inside(d, a.in_size) || !inside(h, b.in_size)) continue;
             const T* from = image + d * a.in_stride + h * b.in_stride;
             const int64_t low = max64(0, -first), high = min64(span, c.in_size - first);
+            if (low >= high) continue;
+            if (c.in_stride == p.in_channels) {
+                copy_widened(from + (first + low) * c.in_stride, rows + low * p.in_channels, (high - low) * p.in_channels);
+                continue;
+            }
             for (int64_t w = low; w < high; ++w)
                 for (int64_t ch = 0; ch < p.in_channels; ++ch)
                     rows[w * p.in_channels + ch] = widen(from[(first + w) * c.in_stride + ch]);
@@ -172,11 +184,12 @@ void skinny_in_run_as(const ConvParams& p, int64_t begin, int64_t end, void* scr
     for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item % image_rows, group = item / image_rows % p.groups, n = item / (image_rows * p.groups);
         skinny_in_fill<T>(p, n, group, row, rows);
+        const Finish<T> start = finish_at<T>(p, n, row, 0, group * p.out_channels, 0);
         for (int64_t column = 0; column < c.out_size;) {
             const int64_t left = c.out_size - column;
             for (int64_t block = 0; block < layout.blocks; ++block) {
                 const int lanes = static_cast<int>(min64(kLanes, p.out_channels - block * kLanes));
-                const Finish<T> f = finish_at<T>(p, n, row, column, group * p.out_channels + block * kLanes, lanes);
+                const Finish<T> f = moved(start, column, block * kLanes, lanes);
                 const float* w = static_cast<const float*>(p.packed) + layout.block_offset(p, group, block);
                 const float* x = rows + column * stride;
                 if (left >= kTile)
@@ -209,7 +222,7 @@ const char* skinny_out_unsupported(const ConvParams& p) {
     return p.in_channels >= kWidth ? nullptr : "skinny_out: fewer input channels than a vector holds";
 }
 
-// Packed: [group][tap of the whole kernel][output channel][input channels up to a whole vector], float32.
+// Packed: [group][outer taps][output channel][tap of a row][input channels up to a whole vector], float32.
 PDN_INLINE int64_t skinny_row(const ConvParams& p) { return ceil_div(p.in_channels, kWidth) * kWidth; }
 int64_t skinny_out_packed_bytes(const ConvParams& p) {
     return p.groups * all_taps(p) * p.out_channels * skinny_row(p) * 4;
@@ -222,8 +235,9 @@ void skinny_out_pack_as(const ConvParams& p, const WeightView& view, float* pack
     for (int64_t group = begin; group < end; ++group)
         for (int64_t tap = 0; tap < taps; ++tap) {
             const float factor = view.density ? widen(static_cast<const T*>(view.density)[tap * view.tap_stride]) : 1.f;
+            const int64_t kernel = p.axis[2].kernel, outer = tap / kernel;
             for (int64_t o = 0; o < p.out_channels; ++o) {
-                float* out = packed + ((group * taps + tap) * p.out_channels + o) * row;
+                float* out = packed + ((group * taps / kernel + outer) * p.out_channels * kernel + o * kernel + tap % kernel) * row;
                 for (int64_t c = 0; c < row; ++c) {
                     const int64_t at = group * view.group_stride + o * view.out_stride + c * view.in_stride + tap * view.tap_stride;
                     out[c] = c < p.in_channels ? widen(static_cast<const T*>(view.weight)[at]) * factor : 0.f;
@@ -246,6 +260,8 @@ struct SkinnyOutRow {
     const ConvParams& p;
     int64_t n, group, row, lanes_row, taps;
     const T* zeros;
+    Finish<T> start;
+    bool rows_adjoin;
 
     SkinnyOutRow(const ConvParams& params, int64_t item, const void* zero_row) : p(params) {
         const int64_t rows = p.axis[0].out_size * p.axis[1].out_size;
@@ -255,26 +271,30 @@ struct SkinnyOutRow {
         lanes_row = skinny_row(p);
         taps = all_taps(p);
         zeros = static_cast<const T*>(zero_row);
+        start = finish_at<T>(p, n, row, 0, group * p.out_channels, 0);
+        const Axis& c = p.axis[2];
+        rows_adjoin = c.offset_step * c.in_stride == p.in_channels && c.tap_step == 1 && p.in_channels % kWidth == 0;
     }
 
+    // acc += the products of `channels` adjoining input channels of every pixel.
     template <int M, int O>
-    void tap(vf (&acc)[M][O], const T* const (&x)[M], const float* w) const {
-        const int64_t whole = p.in_channels / kWidth * kWidth;
+    PDN_INLINE void stretch(vf (&acc)[M][O], const T* const (&x)[M], const float* w, int64_t channels) const {
+        const int64_t whole = channels / kWidth * kWidth, next = p.axis[2].kernel * lanes_row;
         for (int64_t c = 0; c < whole; c += kWidth) {
             vf weight[O];
-            for (int o = 0; o < O; ++o) weight[o] = load(w + o * lanes_row + c);
+            for (int o = 0; o < O; ++o) weight[o] = load(w + o * next + c);
 #pragma GCC unroll 8
             for (int m = 0; m < M; ++m) {
                 const vf value = load(x[m] + c);
                 for (int o = 0; o < O; ++o) acc[m][o] += value * weight[o];
             }
         }
-        if (whole == p.in_channels) return;
-        const int tail = static_cast<int>(p.in_channels - whole);
+        if (whole == channels) return;
+        const int tail = static_cast<int>(channels - whole);
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m) {
             const vf value = load_partial(x[m] + whole, tail);
-            for (int o = 0; o < O; ++o) acc[m][o] += value * load(w + o * lanes_row + whole);
+            for (int o = 0; o < O; ++o) acc[m][o] += value * load(w + o * next + whole);
         }
     }
 
@@ -287,6 +307,10 @@ struct SkinnyOutRow {
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
             for (int o = 0; o < O; ++o) acc[m][o] = vf{};
+        const int64_t first = in_position(c, column, 0), last = in_position(c, column + M - 1, 0);
+        const int64_t reach = (c.taps - 1) * c.offset_step;
+        const bool all_inside = inside(first, c.in_size) && inside(last, c.in_size) && inside(first + reach, c.in_size) &&
+                                inside(last + reach, c.in_size);
         for (int64_t i = 0; i < a.taps; ++i) {
             const int64_t d = in_position(a, row / b.out_size, i);
             if (!inside(d, a.in_size)) continue;
@@ -294,25 +318,48 @@ struct SkinnyOutRow {
                 const int64_t h = in_position(b, row % b.out_size, j);
                 if (!inside(h, b.in_size)) continue;
                 const T* from = image + d * a.in_stride + h * b.in_stride;
-                const int64_t outer = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap;
+                const int64_t outer = (a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step;
+                const float* weights = packed + (outer * O * c.kernel + c.tap) * lanes_row;
+                const T* x[M];
+                if (all_inside && rows_adjoin) {  // the taps of a row read adjoining memory: one stretch
+#pragma GCC unroll 8
+                    for (int m = 0; m < M; ++m) x[m] = from + (first + m * c.step) * c.in_stride;
+                    stretch<M, O>(acc, x, weights, c.taps * p.in_channels);
+                    continue;
+                }
                 for (int64_t k = 0; k < c.taps; ++k) {
-                    const T* x[M];
+                    const int64_t at = first + k * c.offset_step;
 #pragma GCC unroll 8
                     for (int m = 0; m < M; ++m) {
-                        const int64_t w = in_position(c, column + m, k);
-                        x[m] = inside(w, c.in_size) ? from + w * c.in_stride : zeros;
+                        const int64_t w = at + m * c.step;
+                        x[m] = all_inside || inside(w, c.in_size) ? from + w * c.in_stride : zeros;
                     }
-                    tap<M, O>(acc, x, packed + (outer + k * c.tap_step) * O * lanes_row);
+                    stretch<M, O>(acc, x, weights + k * c.tap_step * lanes_row, p.in_channels);
                 }
             }
         }
-        for (int m = 0; m < M; ++m) {
-            float sums[kWidth] = {};
-            for (int o = 0; o < O; ++o) sums[o] = reduce_add(acc[m][o]);
-            const Finish<T> f = finish_at<T>(p, n, row, column + m, group * O, O);
-            vf result[1][1] = {{load(sums) + bias_vector(f.bias, O)}};
-            finish_tile(result, f);
-        }
+        float sums[ceil_lanes(M * O)] = {};
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+            for (int o = 0; o < O; ++o) sums[m * O + o] = reduce_add(acc[m][o]);
+        finish<M, O>(sums, column);
+    }
+
+    static constexpr int ceil_lanes(int n) { return (n + kWidth - 1) / kWidth * kWidth; }
+
+    // Few values a pixel: bias, residual and store one by one, the activation for all together.
+    template <int M, int O>
+    void finish(float (&sums)[ceil_lanes(M * O)], int64_t column) const {
+        const Finish<T> f = moved(start, column, 0, O);
+        if (f.bias)
+            for (int m = 0; m < M; ++m)
+                for (int o = 0; o < O; ++o) sums[m * O + o] += widen(f.bias[o]);
+        for (int i = 0; i < ceil_lanes(M * O); i += kWidth) store(sums + i, activate(load(sums + i), f.activation));
+        for (int m = 0; m < M; ++m)
+            for (int o = 0; o < O; ++o) {
+                const float extra = f.residual ? widen(f.residual[m * f.residual_stride + o]) : 0.f;
+                narrow(sums[m * O + o] + extra, f.output + m * f.out_stride + o);
+            }
     }
 
     template <int M>
