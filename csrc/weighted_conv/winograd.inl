@@ -1,8 +1,8 @@
 // Winograd F(4x4, 3x3): each 4x4 patch of the output costs 36 products per channel pair instead of 144. Included once
 // per ISA level.
 //
-// The transforms use the points 0, +-1/sqrt(2), +-sqrt(2) and infinity, which lose about a quarter of the digits that the
-// usual 0, +-1, +-2 lose at the same number of operations: a^2 = 1/2 and b^2 = 2 are exact and a*b = 1. With
+// The transforms use the points 0, +-a, +-b and infinity with a = 1/sqrt(2), b = sqrt(2). The rounding error is about a
+// quarter of that of the usual 0, +-1, +-2 at the same number of operations: a^2, b^2 and a*b are exact. With
 //   A^T = [1 p p^2 p^3] by columns,  G = [1 p p^2] / N_p by rows,  B^T = the coefficients of prod_{q != p} (x - q),
 // y = A^T [(G w G^T) * (B^T d B)] A. A non-finite input value therefore spreads over its whole 6x6 patch.
 //
@@ -67,12 +67,13 @@ PDN_INLINE int winograd_column_vectors(const ConvParams& p, int64_t column) {
 
 // ------------------------------------------------------------------------------------------------------ weight
 
-// One column of G u, G = [1 0 0; (1 +-a 1/2) / -1.5; (1 +-b 2) / 6; 0 0 1], for `lanes` independent filters.
-PDN_INLINE void winograd_filter_1d(const double* u0, const double* u1, const double* u2, double* const r[6], int lanes) {
+// G u with G = [1 0 0; (1 +-a 1/2) / -1.5; (1 +-b 2) / 6; 0 0 1], for `lanes` independent filters.
+PDN_INLINE void winograd_filter_1d(const double* u0, const double* u1, const double* u2, double* const r[6],
+                                   int lanes) {
     const double a = 0.70710678118654752440, b = 1.41421356237309504880;
     for (int l = 0; l < lanes; ++l) {
-        const double even_a = (u0[l] + 0.5 * u2[l]) / -1.5, odd_a = a * u1[l] / -1.5;
-        const double even_b = (u0[l] + 2.0 * u2[l]) / 6.0, odd_b = b * u1[l] / 6.0;
+        const double even_a = u0[l] * (-2.0 / 3) + u2[l] * (-1.0 / 3), odd_a = u1[l] * (a * -2.0 / 3);
+        const double even_b = u0[l] * (1.0 / 6) + u2[l] * (1.0 / 3), odd_b = u1[l] * (b / 6);
         r[0][l] = u0[l];
         r[1][l] = even_a + odd_a;
         r[2][l] = even_a - odd_a;
@@ -142,10 +143,10 @@ PDN_INLINE void winograd_input_high(const vf d[6], vf r[3]) {
     r[2] = (d[1] + d[5]) - 2.5f * d[3];
 }
 
-// One tile, one vector of channels. Bit i of `rows` and bit j of `columns` tell whether position (i, j) of the 6x6 patch
-// lies in the input; kInside: all do. Position (0, 0) is in[at], which may lie outside the tensor. kFull: all lanes are
+// One tile, one vector of channels. Bit i of `rows` and bit j of `columns` tell whether position (i, j) of the patch is
+// in the input; kInside: all are. Position (0, 0) is in[at], which may lie outside the tensor. kFull: all lanes are
 // channels, else the first `lanes` are. Never inlined: in the loop over channels the compiler would compute all 72
-// addresses up front and spill them, which costs a quarter of the time.
+// addresses up front and spill them, which costs a fifth of the time.
 template <bool kInside, bool kFull>
 __attribute__((noinline)) void winograd_input_tile(const float* in, int64_t at, int64_t row_step, int64_t column_step,
                                                    int rows, int columns, int lanes, float* v, int64_t v_step) {
@@ -204,7 +205,8 @@ PDN_INLINE int winograd_inside(int64_t first, int64_t size) {
 }
 
 // Tiles [first, first + count) of one group into v: [point][channel vector][tile][lane].
-void winograd_input(const ConvParams& p, const WinogradPlan& plan, int64_t group, int64_t first, int64_t count, float* v) {
+void winograd_input(const ConvParams& p, const WinogradPlan& plan, int64_t group, int64_t first, int64_t count,
+                    float* v) {
     const Axis &y = p.axis[1], &x = p.axis[2];
     const float* input = static_cast<const float*>(p.input) + group * p.in_channels;
     for (int64_t t = 0; t < count; ++t) {
@@ -233,8 +235,8 @@ PDN_INLINE void winograd_rank1(vf acc[kRows][kVectors], const float* v, const fl
     }
 }
 
-// Pixels to bring into the L2 cache on the side. Spread evenly over the products, fetches are free; in bursts they would
-// fill the core's miss buffers and stall it.
+// Pixels to bring into the L2 cache on the side. Spread evenly over the products, fetches cost next to nothing; bursts
+// would fill the core's miss buffers and stall it.
 struct WinogradFetch {
     const char* const* pixels;
     int64_t count;
@@ -458,7 +460,7 @@ const char* winograd_unsupported(const ConvParams& p) {
     if (z.in_size != 1 || z.out_size != 1 || z.kernel != 1 || z.taps != 1 || z.offset != 0) return "winograd: only 2-D";
     for (int i = 1; i < 3; ++i) {
         const Axis& axis = p.axis[i];
-        if (axis.kernel != 3 || axis.taps != 3 || axis.tap != 0 || axis.tap_step != 1) return "winograd: only 3x3 kernels";
+        if (axis.kernel != 3 || axis.taps != 3 || axis.tap != 0 || axis.tap_step != 1) return "winograd: only 3x3";
         if (axis.step != 1 || axis.offset_step != 1) return "winograd: only stride 1 and dilation 1";
     }
     if (p.in_channels < 16 || p.out_channels < 16) return "winograd: fewer than 16 channels in or out per group";

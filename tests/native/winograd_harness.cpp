@@ -174,7 +174,8 @@ int check() {
         const bool split = split_changes_result(q);
         const bool fine = error <= 2e-5 && !split;
         failures += !fine;
-        std::printf("%s %-40s error %.2e%s\n", fine ? "ok  " : "FAIL", c.why, error, split ? ", depends on the split" : "");
+        const char* note = split ? ", depends on the split" : "";
+        std::printf("%s %-40s error %.2e%s\n", fine ? "ok  " : "FAIL", c.why, error, note);
     }
     std::printf("width %d: %d of %zu failed\n", kWidth, failures, sizeof kCases / sizeof kCases[0]);
     return failures != 0;
@@ -233,9 +234,10 @@ int time_layer(int64_t in, int64_t out, int64_t height, int64_t width, int repea
             }
         });
     });
-    std::printf("%lld blocks of up to %lld tiles, scratch %lld KiB, packed %lld KiB\n", static_cast<long long>(plan.blocks),
-                static_cast<long long>(plan.block), static_cast<long long>(kWinograd.scratch_bytes(q.p) / 1024),
-                static_cast<long long>(kWinograd.packed_bytes(q.p) / 1024));
+    const auto number = [](int64_t x) { return static_cast<long long>(x); };
+    std::printf("%lld blocks of up to %lld tiles, scratch %lld KiB, packed %lld KiB\n", number(plan.blocks),
+                number(plan.block), number(kWinograd.scratch_bytes(q.p) / 1024),
+                number(kWinograd.packed_bytes(q.p) / 1024));
     return 0;
 }
 
