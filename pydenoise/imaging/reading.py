@@ -1,8 +1,11 @@
 """Reading PNG, JPEG and TIFF files. The content decides the format, not the name."""
 
+import logging
 import mmap
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -106,23 +109,16 @@ def _samples_of(image) -> np.ndarray:
 def _pillow_metadata(image) -> tuple[dict, int]:
     """(fields of a Picture besides samples, orientation); the EXIF is rewritten as upright, as the samples will be."""
     notes: list[str] = []
-    exif = image.getexif()
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a warning here is about a part of the EXIF data that is lost
+            exif = image.getexif()
         orientation = int(exif.get(ORIENTATION, 1))
         if ORIENTATION in exif:
             exif[ORIENTATION] = 1
         data = exif.tobytes() if len(exif) else None
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        struct.error,
-        OSError,
-        SyntaxError,
-        OverflowError,
-        AttributeError,
-    ) as error:
-        orientation, data = 1, None  # cameras write broken EXIF: the picture matters more
+    except Exception as error:
+        orientation, data = 1, None  # cameras write EXIF broken in every way: the picture matters more
         notes.append(f"the EXIF data cannot be read and is left out ({_first_line(error)})")
     dpi = image.info.get("dpi")
     others = {"icc": image.info.get("icc_profile"), "exif": data, "notes": notes}
@@ -153,8 +149,10 @@ def _read_png16(path: Path, head: bytes) -> Picture:
 def _read_tiff(path: Path) -> Picture:
     tifffile = require("tifffile", "tifffile", "reading TIFF pictures")
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with _silent("tifffile"), tifffile.TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if not page.is_reduced]
+            if not pages:
+                raise ImageError(f"{path}: a damaged TIFF file: it holds no picture")
             if len(pages) != 1:
                 raise ImageError(f"{path}: {len(pages)} pages; save the one to denoise as a picture of its own")
             page = pages[0].aspage() if hasattr(pages[0], "aspage") else pages[0]
@@ -167,6 +165,18 @@ def _read_tiff(path: Path) -> Picture:
     except Exception as error:  # tifffile meets damaged files with many kinds of exceptions, IndexError to zlib.error
         raise ImageError(f"{path}: a damaged or unsupported TIFF file: {_first_line(error)}") from error
     return from_samples(upright(samples, orientation), icc=bytes(icc) if icc else None, dpi=dpi)
+
+
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """Without the log lines of a library whose complaints arrive as exceptions too."""
+    target = logging.getLogger(logger)
+    level = target.level
+    target.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        target.setLevel(level)
 
 
 def _tiff_samples(path: Path, tifffile, page) -> np.ndarray:
