@@ -79,7 +79,8 @@ struct DepthwiseRow {
                 const int64_t hj = h + j * b.offset_step;
                 if (!inside(hj, b.in_size)) continue;
                 const T* x = image + di * a.in_stride + hj * b.in_stride + channel + (column + c.offset) * c.in_stride;
-                const float* w = packed + (i * b.kernel + j) * K * width;
+                const int64_t outer = (a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step;
+                const float* w = packed + outer * K * width;
                 vf weights[K];
 #pragma GCC unroll 8
                 for (int k = 0; k < K; ++k) weights[k] = load(w + k * width);
