@@ -41,9 +41,9 @@ def accelerate(
 
     Chains of convolution, batch normalisation (folded in float64), activation (ReLU, SiLU, GELU) and residual addition
     become one fused layer each; all else is kept. The model is read through ``torch.fx`` (the result is a
-    ``torch.fx.GraphModule`` with the same call signature); where that fails, modules are swapped one by one and the model
-    keeps its class. Python values that the forward reads (attributes, arguments left at their defaults) are fixed as they
-    are now, as ``torch.fx`` does it.
+    ``torch.fx.GraphModule`` with the same call signature); where that fails, modules are swapped one by one and the
+    model keeps its class. Python values that the forward reads (attributes, arguments left at their defaults) are fixed
+    as they are now, as ``torch.fx`` does it.
 
     Args:
         model: in eval mode. It is not changed, unless ``inplace``; it is run on copies of the example.
@@ -57,8 +57,8 @@ def accelerate(
         measure: time both models side by side on the example (about two seconds at most for small models).
 
     Returns:
-        The accelerated model, in eval mode, and an :class:`AccelerationReport`. With nothing to swap: an unchanged copy,
-        and a ``UserWarning``.
+        The accelerated model, in eval mode, and an :class:`AccelerationReport`. With nothing to swap: an unchanged
+        copy, and a ``UserWarning``.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``; ``example_inputs`` or ``keep`` is of a wrong type.
@@ -94,7 +94,7 @@ class _Result:
 
 
 class _Acceleration:
-    """One call of ``accelerate``: tries the ways from the fastest to the most careful, and reports on the first that works."""
+    """One call of ``accelerate``: takes the first way that works, from the fastest to the most careful."""
 
     def __init__(self, model: nn.Module, example: Example, precision: str, keep: tuple, inplace: bool):
         self.original, self.example, self.inplace = model, example, inplace
@@ -121,7 +121,7 @@ class _Acceleration:
             result.error, fallbacks=result.fallbacks, threads=torch.get_num_threads(),
         )  # fmt: skip
         if not result.swapped:
-            warnings.warn("accelerate: no layer of this model was swapped; print the report for the reasons", stacklevel=4)
+            warnings.warn("accelerate: no layer of this model was swapped; the report says why", stacklevel=3)
         self._note_precision(result)
         if seconds < _CHEAP_SECONDS:
             self._compare_float64(report, result)
@@ -154,7 +154,9 @@ class _Acceleration:
     def _differs(self, output: object) -> str | None:
         """Why ``output`` is not the original's, or ``None``; for a plain torch rerun of the original."""
         errors = compare(output, self.expected)
-        return errors if isinstance(errors, str) else f"relative error {errors.relative:.1e}" if errors.relative > 1e-4 else None
+        if isinstance(errors, str):
+            return errors
+        return f"relative error {errors.relative:.1e}" if errors.relative > 1e-4 else None
 
     def _modules(self, follow: bool, keep_layout: bool) -> tuple[nn.Module, list[Swap], list[Kept]]:
         model = copy.deepcopy(self.model)
@@ -175,7 +177,7 @@ class _Acceleration:
         try:
             model, swapped, kept = make()
         except Untraceable as error:
-            self._note(f"modules are swapped one by one, because the model cannot be traced: {error}")
+            self._note(f"another way was taken, because the model could not be rewritten as a graph: {error}")
             return None
         if not swapped:
             return self._unchanged(kept)

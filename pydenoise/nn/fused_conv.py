@@ -20,7 +20,7 @@ _PLAIN_TENSORS = (Tensor, nn.Parameter)
 def fold_batch_norm(
     weight: Tensor, bias: Tensor | None, norm: nn.modules.batchnorm._BatchNorm
 ) -> tuple[Tensor, Tensor]:
-    """Weight [C_out, ...] and bias [C_out], in float64, of the convolution that also applies ``norm``'s running statistics."""
+    """Weight [C_out, ...] and bias [C_out], in float64, of the convolution followed by ``norm`` in eval mode."""
     scale = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight.double()
@@ -87,7 +87,7 @@ class _FusedConv(nn.Module):
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self.weight = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype), requires_grad=False)
         values = torch.zeros(out_channels, device=device, dtype=dtype) if bias else None
-        self.bias = None if values is None else nn.Parameter(values, requires_grad=False)
+        self.register_parameter("bias", None if values is None else nn.Parameter(values, requires_grad=False))
         self._plan()
         self._packed = None
 
@@ -280,8 +280,8 @@ class FusedConv1d(_FusedConv):
 class FusedConv2d(_FusedConv):
     """``act(conv2d(x) + b) + residual`` over [N, C_in, H, W] in one pass, for inference; made by :meth:`from_float`.
 
-    Parameters ``weight`` [C_out, C_in / groups, K_h, K_w] and ``bias`` [C_out] do not require gradients; the packed form
-    follows them (loading a state dict, ``.to()`` and in-place changes are noticed; writing through ``.data`` is not).
+    Parameters ``weight`` [C_out, C_in / groups, K_h, K_w] and ``bias`` [C_out] do not require gradients. The packed
+    form follows them: loading a state dict, ``.to()`` and in-place changes are noticed, writing to ``.data`` is not.
     """
 
     dims = 2

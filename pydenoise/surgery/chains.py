@@ -7,16 +7,28 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx, nn
 
-from pydenoise.surgery import layers
+from pydenoise.surgery import inplace, layers
 from pydenoise.surgery.policy import Policy
 
 _ADDS = (operator.add, torch.add, "add")
-_INPLACE_ADDS = (operator.iadd, "add_")
+_INPLACE_ADDS = (inplace.iadd, "add_")
 _SUBS = (operator.sub, torch.sub, torch.subtract, "sub")
 
 
 class Untraceable(Exception):
     """The model's forward cannot be written down as a graph; the message says why."""
+
+
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` as what it is: see :mod:`pydenoise.surgery.inplace`."""
+
+
+def _recorder(function):
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+for _function in inplace.FUNCTIONS:
+    setattr(_Proxy, f"__{_function.__name__}__", _recorder(_function))
 
 
 class _Tracer(fx.Tracer):
@@ -27,12 +39,17 @@ class _Tracer(fx.Tracer):
             return True
         if layers.hooks_reason(module) is not None or isinstance(module, torch.jit.ScriptModule):
             return True
+        if isinstance(module, nn.modules.conv._ConvNd):  # subclasses with a forward of their own included
+            return True
         return super().is_leaf_module(module, qualified_name)
 
     def create_arg(self, a):
         if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) and id(a) not in self.known_tensors:
             raise Untraceable("its forward makes tensors, which a trace would freeze at their present values")
         return super().create_arg(a)
+
+    def proxy(self, node):
+        return _Proxy(node, self)
 
     def trace(self, root, concrete_args=None):
         self.known_tensors = {id(t) for t in (*root.parameters(), *root.buffers())}
@@ -167,7 +184,8 @@ def _add_residuals(chains: list[Chain], modules, order, mutations) -> None:
         residual, negate = _sum_operand(user, chain.end)
         if residual is None or (negate and chain.activation != "none"):
             continue
-        if user.target in _INPLACE_ADDS and residual is user.args[0] and not _fresh(residual, user, modules, order, chains):
+        written = user.target in _INPLACE_ADDS and residual is user.args[0]
+        if written and not _fresh(residual, user, order, chains):
             continue
         if _mutated_between(chain.conv, user, order, mutations, [*chain.nodes, user]):
             continue
@@ -196,7 +214,7 @@ def _sum_operand(node: fx.Node, value: fx.Node) -> tuple[fx.Node | None, bool]:
     return None, False
 
 
-def _fresh(node: fx.Node, last: fx.Node, modules, order, chains) -> bool:
+def _fresh(node: fx.Node, last: fx.Node, order, chains) -> bool:
     """Whether writing into ``node`` at ``last`` is seen by nobody else: its memory is its own and read only before.
 
     ``node`` is a convolution's chain or a sum, and every other reader comes earlier and returns memory of its own.
@@ -226,10 +244,10 @@ def mutates(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return node.target.endswith("_") and not node.target.endswith("__")
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        inplace_operator = name.startswith("i") and getattr(operator, name, None) is node.target and name not in _PURE
         positional = node.target in (torch.nn.functional.relu, torch.nn.functional.silu) and len(node.args) > 1
         written = node.kwargs.get("inplace") or node.kwargs.get("out") is not None or positional
-        return bool(written or inplace_operator or name == "setitem" or (name.endswith("_") and not name.endswith("__")))
+        named = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
+        return bool(written or named or node.target in inplace.FUNCTIONS)
     return False
 
 
@@ -243,9 +261,6 @@ def _writes_private_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool
     source = modules[sources[0].target]
     fresh = isinstance(source, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear))
     return fresh and layers.hooks_reason(source) is None
-
-
-_PURE = ("is_", "is_not", "indexOf", "inv", "invert", "index")
 
 
 def _mutated_between(start: fx.Node, end: fx.Node, order, mutations, own) -> bool:

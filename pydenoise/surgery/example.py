@@ -14,7 +14,7 @@ from pydenoise.surgery.report import Errors
 
 
 class Example:
-    """``example_inputs`` of ``accelerate``: a tensor, a tuple or list of positional arguments, or a dict of keyword ones."""
+    """``example_inputs`` of ``accelerate``: a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
 
     def __init__(self, inputs: object):
         if isinstance(inputs, Tensor):

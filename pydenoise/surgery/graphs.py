@@ -13,6 +13,9 @@ from pydenoise.surgery.modules import keep_entry
 from pydenoise.surgery.policy import Policy
 from pydenoise.surgery.report import Kept, Swap
 
+# Calls that move no tensor: not worth a line in the report.
+_SMALL_TALK = ("getattr", "getitem", "size", "dim", "eq", "_assert_is_none", "_assert")
+
 
 class GraphSurgeon:
     """Turns a copy of ``model`` into a ``torch.fx.GraphModule`` of fused layers.
@@ -48,6 +51,7 @@ class GraphSurgeon:
         self._cast_back()
         self._relax_layout()
         self._finish_outputs()
+        self.graph.owning_module = None  # the module of the recording run; the rewritten graph gets its own
         self.graph.lint()
         self._list_kept()
         return fx.GraphModule(self.model, self.graph, class_name=type(self.model).__name__)
@@ -96,7 +100,7 @@ class GraphSurgeon:
             # Its node may have been replaced since the chain was found: read it from the sum itself.
             operands = (source, next(n for n in end.all_input_nodes if n is not chain.nodes[-2]))
         with self.graph.inserting_before(end):
-            fused = self.graph.call_module(name, operands)
+            fused = self.graph.create_node("call_module", name, operands)
         fused.meta = dict(end.meta)
         end.replace_all_uses_with(fused)
         for node in reversed(chain.nodes):
@@ -107,7 +111,7 @@ class GraphSurgeon:
             self._narrow.add(fused)
 
     def _fused_layer(self, chain: Chain) -> str:
-        """Name of the fused module for ``chain``, made on first use; calls with the same weights and epilogue share it."""
+        """Name of the fused module for ``chain``; calls with the same weights and epilogue share it."""
         conv = self.modules[chain.conv.target]
         norm = self.modules[chain.norm.target] if chain.norm is not None else None
         key = (id(conv), id(norm), chain.activation, chain.negate)
@@ -151,6 +155,8 @@ class GraphSurgeon:
             for source in node.all_input_nodes:
                 if source not in self._narrow:
                     continue
+                if len(source.users) > 1 and chains.mutates(node, self.modules):
+                    raise Untraceable(f"{node.name} may write into a bfloat16 value that others read")
                 if source not in cast:
                     with self.graph.inserting_after(source):
                         cast[source] = self.graph.call_method("to", (source, source.meta["tensor"].dtype))
@@ -161,7 +167,24 @@ class GraphSurgeon:
         """``view`` needs a memory layout that fused layers do not keep; ``reshape`` gives the same values from any."""
         for node in self.graph.nodes:
             if node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+                if self._written_through(node):
+                    raise Untraceable(f"its forward writes through {node.name}, a view of another tensor")
                 node.target = "reshape"
+
+    def _written_through(self, view: fx.Node) -> bool:
+        """Whether an operation writes into memory that ``view`` may share with its source."""
+        todo, seen = list(view.users), set()
+        while todo:
+            node = todo.pop()
+            if node in seen or node in self._fused:
+                continue
+            seen.add(node)
+            if chains.mutates(node, self.modules):
+                return True
+            fresh = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear)
+            if not (node.op == "call_module" and isinstance(self.modules[node.target], fresh)):
+                todo += node.users
+        return False
 
     def _finish_outputs(self) -> None:
         """Return the original's dtypes, and contiguous memory where the original did."""
@@ -189,9 +212,10 @@ class GraphSurgeon:
                 seen.add(node.target)
                 self.kept.append(self._keep_entry(node.target))
             elif node.op in ("call_function", "call_method") and not node.meta.get("inserted"):
-                name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-                if name not in ("getattr", "getitem", "size", "dim", "_assert_is_none", "eq", "_assert"):
-                    self.kept.append(Kept(node.name, f"{name}()", "an operation of the model's own code: runs as it is"))
+                target = node.target
+                name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+                if name not in _SMALL_TALK:
+                    self.kept.append(Kept(node.name, f"{name}()", "the model's own code: runs as it is"))
 
 
     def _keep_entry(self, name: str) -> Kept:

@@ -13,7 +13,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = {nn.BatchNorm1d: (1,), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 _ACTIVATION_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-_QUANTIZED_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic", "torch.nn.quantized", "torchao.")
+_QUANTIZED_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic", "torchao.")
 # Other names under which an activation may meet a convolution; said so in the report instead of "has no fused form".
 OTHER_ACTIVATIONS = (
     nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Mish,
@@ -58,8 +58,9 @@ def why_conv_stays(module: nn.Module, precision: torch.dtype) -> str | None:
     reason = hooks_reason(module)
     if reason is not None:
         return reason
-    if kind is not None and (type(module).forward is not kind.forward or type(module)._conv_forward is not kind._conv_forward):
-        return f"is a {type(module).__name__} with a forward of its own"
+    twin = type(module)
+    if kind is not None and (twin.forward is not kind.forward or twin._conv_forward is not kind._conv_forward):
+        return f"is a {twin.__name__} with a forward of its own"
     weight = module.weight
     if type(weight) not in (nn.Parameter, torch.Tensor):
         return f"its weight is a {type(weight).__name__}"
@@ -75,7 +76,7 @@ def why_conv_stays(module: nn.Module, precision: torch.dtype) -> str | None:
 
 
 def why_norm_stays(module: nn.Module, dims: int, channels: int) -> str | None:
-    """Why the module after a ``dims``-dimensional convolution of ``channels`` is no foldable normalisation, or ``None``."""
+    """Why ``module`` cannot be folded into a ``dims``-dimensional convolution of ``channels``, or ``None``."""
     if _NORMS.get(type(module)) != (dims,):
         return "is no batch normalisation of the convolution's rank"
     reason = hooks_reason(module)

@@ -77,8 +77,7 @@ def _from_sequentials(model: nn.Module, modules: dict[str, nn.Module], policy: P
             if name not in groups or uses[id(conv)] > 1:
                 continue
             rest = [(n, m) for n, m in children[index + 1 : index + 3] if uses[id(m)] == 1 and not policy.keeps(m)]
-            following = [child for child in children[index + 1 : index + 3]]
-            rest = rest if rest == following[: len(rest)] else []
+            rest = rest if rest == children[index + 1 : index + 1 + len(rest)] else []
             if rest and layers.why_norm_stays(rest[0][1], layers.conv_dims(conv), conv.out_channels) is None:
                 groups[name].norm = rest.pop(0)[0]
             if rest and layers.module_activation(rest[0][1]) is not None:

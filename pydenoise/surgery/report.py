@@ -42,7 +42,7 @@ class AccelerationReport:
 
     Attributes:
         precision: "fp32" or "bf16". mode: how the model was read ("graph" or "modules").
-        swapped, kept: one entry per layer. notes: what the user should know (fallbacks to other ways, precision limits).
+        swapped, kept: one entry per layer. notes: what the user should know (other ways taken, precision limits).
         error: of the accelerated model against the original on the example; ``error_float64`` and
             ``original_error_float64``: both against the original in float64, ``None`` where that was not run.
         original_ms, accelerated_ms, speedup: medians of interleaved runs on the example, and the median of their
@@ -111,17 +111,17 @@ class AccelerationReport:
                 f"error against float64: accelerated {_error_text(self.error_float64)}; "
                 f"original {_error_text(self.original_error_float64)}"
             )
-        lines += [f"fallback: {op} ran {count}x on the reference backend (plain torch)" for op, count in self.fallbacks.items()]
+        for op, count in self.fallbacks.items():
+            lines.append(f"fallback: {op} ran {count}x on the reference backend (plain torch)")
         lines += [f"note: {note}" for note in self.notes]
         return lines
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]], width: int = 40) -> list[str]:
     """Lines of a plain-text table; cells longer than ``width`` are wrapped (the last column at twice that)."""
-    cells = [[textwrap.wrap(cell, width * (2 if i == len(row) - 1 else 1)) for i, cell in enumerate(row)] for row in rows]
-    widths = [
-        max(len(name), *(len(line) for row in cells for line in row[i])) for i, name in enumerate(columns)
-    ]
+    limits = [width] * (len(columns) - 1) + [2 * width]
+    cells = [[textwrap.wrap(cell, limit) for cell, limit in zip(row, limits, strict=True)] for row in rows]
+    widths = [max(len(name), *(len(line) for row in cells for line in row[i])) for i, name in enumerate(columns)]
     lines = ["  ".join(name.ljust(w) for name, w in zip(columns, widths, strict=True)).rstrip()]
     lines.append("  ".join("-" * w for w in widths))
     for row in cells:
