@@ -21,6 +21,7 @@ OP = "weighted_conv"
 OP_BACKWARD = "weighted_conv_backward"
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 ALGORITHMS = ("auto", "direct")
+_BY_PRECISION = "by_precision"  # in compiled graphs, which cannot read torch's setting: it is read when the op runs
 
 _library = torch.library.Library("pydenoise", "FRAGMENT")
 _library.define(
@@ -127,7 +128,7 @@ def _weighted_conv(
     check_tensor("input", input)
     batched = input.dim() == dims + 2
     if not batched and input.dim() == dims + 1:
-        residual = residual if residual is None else residual.unsqueeze(0)
+        residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
         arguments = (weight, density, bias, stride, padding, dilation, groups, activation, residual, backend)
         return _weighted_conv(dims, input.unsqueeze(0), *arguments).squeeze(0)
     if torch.is_autocast_enabled(input.device.type):
@@ -185,7 +186,8 @@ def prepare(
     """
     _check_shapes(dims, input, weight, density, bias, groups)
     options = (_hashable(stride), _hashable(padding), _hashable(dilation))
-    stride, padding, dilation = _geometry(dims, *options, tuple(weight.shape[2:]))
+    geometry = _geometry if torch.compiler.is_compiling() else _cached_geometry
+    stride, padding, dilation = geometry(dims, *options, tuple(weight.shape[2:]))
     if activation not in ACTIVATIONS:
         check_choice("activation", activation, ACTIVATIONS)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
@@ -196,20 +198,29 @@ def prepare(
             raise ValueError(
                 f"residual: expected the output's shape {shape}, got {tuple(residual.shape)}"
             )
-    algorithm = "direct" if torch.get_float32_matmul_precision() == "highest" else "auto"
+    algorithm = _BY_PRECISION if torch.compiler.is_compiling() else _algorithm(_BY_PRECISION)
     return input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm
+
+
+def _algorithm(name: str) -> str:
+    """The algorithm the rows are told to use: torch's precision setting decides unless one is named."""
+    if name != _BY_PRECISION:
+        return name
+    return "direct" if torch.get_float32_matmul_precision() == "highest" else "auto"
 
 
 def _hashable(option):
     return tuple(option) if isinstance(option, Sequence) and not isinstance(option, str) else option
 
 
-@lru_cache(maxsize=1024, typed=True)
 def _geometry(dims: int, stride, padding, dilation, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """stride, padding as (low, high) per axis, and dilation as tuples: the same few for every call of a model."""
     stride = int_tuple("stride", stride, dims, minimum=1)
     dilation = int_tuple("dilation", dilation, dims, minimum=1)
     return stride, explicit_padding(padding, kernel, stride, dilation), dilation
+
+
+_cached_geometry = lru_cache(maxsize=1024, typed=True)(_geometry)
 
 
 def _check_shapes(dims, input, weight, density, bias, groups) -> None:
@@ -314,13 +325,14 @@ def empty_channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 @torch.library.impl(_library, "weighted_conv", "CompositeExplicitAutograd")
 def _run(*args):
-    *args, backend = args
-    return registry.select(OP, backend, tuple(args)).run(*args)
+    *args, algorithm, backend = args
+    args = (*args, _algorithm(algorithm))
+    return registry.select(OP, backend, args).run(*args)
 
 
 @torch.library.impl(_library, "weighted_conv_backward", "CompositeExplicitAutograd")
 def _run_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask, backend):
-    args = (grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask)
+    args = (grad, input, weight, density, stride, padding, dilation, groups, _algorithm(algorithm), mask)
     grads = registry.select(OP_BACKWARD, backend, args).run(*args)
     return tuple(grad.new_empty(0) if g is None else g for g in grads)
 
