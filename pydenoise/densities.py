@@ -5,7 +5,7 @@ Source: Cammarasana and Patane, "Optimal Weighted Convolution for Classification
 
 from collections.abc import Sequence
 from functools import reduce
-from numbers import Real
+from numbers import Number, Real
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def is_per_axis(coefficients: Coefficients) -> bool:
         return coefficients.dim() == 2
     if isinstance(coefficients, str) or not hasattr(coefficients, "__len__") or not hasattr(coefficients, "__iter__"):
         raise TypeError(f"density: expected coefficients or a tensor, got {type(coefficients).__name__}")
-    nested = [not isinstance(c, Real) and getattr(c, "ndim", 1) > 0 for c in coefficients]
+    nested = [not isinstance(c, Number) and getattr(c, "ndim", 1) > 0 for c in coefficients]
     if any(nested) and not all(nested):
         raise TypeError("density: expected numbers or one list of numbers per axis, got a mixture of both")
     return bool(nested) and all(nested)
