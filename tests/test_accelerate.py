@@ -355,6 +355,25 @@ def test_view_of_a_fused_result():
     check_expression(lambda m, x: F.relu(m.a(x)).view(x.shape[0], -1).view(x.shape[0], 8, -1))
 
 
+def _writes_through_view(m, x):
+    y = m.a(x)
+    y.view(x.shape[0], -1).mul_(0.5)
+    return F.relu(m.b(y))
+
+
+def _inplace_with_other_readers(m, x):
+    y = m.a(x)
+    z = y.abs()
+    y *= 0.25
+    return m.b(y) + z
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("forward", [_writes_through_view, _inplace_with_other_readers])
+def test_writes_into_a_fused_result(forward, precision):
+    check_expression(forward, precision)
+
+
 def test_identities_are_looked_through():
     fused, report = check_expression(
         lambda m, x: m.act(m.drop(m.a(x))), drop=nn.Sequential(nn.Dropout(0.5), nn.Identity()), act=nn.ReLU()

@@ -32,9 +32,16 @@ def fold_batch_norm(
     return weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1)), shift
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts in-place changes of ``tensor``; tensors made under ``inference_mode`` have no counter."""
-    return -1 if tensor.is_inference() else tensor._version
+def _needs_dispatch(input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Gradients, compilation, autocast and tensor subclasses go through the differentiable op."""
+    if torch.compiler.is_compiling() or type(input) not in _PLAIN_TENSORS or torch.is_autocast_enabled("cpu"):
+        return True
+    return torch.is_grad_enabled() and (
+        input.requires_grad
+        or weight.requires_grad
+        or (residual is not None and residual.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    )
 
 
 class _FusedConv(nn.Module):
@@ -100,6 +107,7 @@ class _FusedConv(nn.Module):
             self._mode_pads = [p for axis in range(self.dims - 1, -1, -1) for p in pads[2 * axis : 2 * axis + 2]]
             pads = (0,) * (2 * self.dims)
         self._pads = pads
+        self._adapts = self.output_dtype is not None or self.keep_layout or self._mode_pads is not None
         spans = [d * (k - 1) for k, d in zip(self.kernel_size, self.dilation, strict=True)]
         self._grows = [pads[2 * i] + pads[2 * i + 1] - spans[i] for i in range(self.dims)]
         self._same_size = all(s == 1 for s in self.stride) and not any(self._grows)
@@ -112,23 +120,26 @@ class _FusedConv(nn.Module):
         A residual of the output's shape and dtype is added by the kernel; any other by torch, under its broadcasting
         and promotion rules. Differentiable in ``input`` and ``residual``.
         """
-        if self.output_dtype is not None or self.keep_layout or self._mode_pads is not None:
+        if self._adapts:
             return self._forward_adapted(input, residual)
         return self._convolve(input, residual)
 
     def _convolve(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        if residual is not None and not self._fusable(input, residual):
-            return self._convolve(input, None) + residual
-        weight = self._parameters["weight"]
-        bias = self._parameters["bias"]
-        if self._needs_dispatch(input, weight, bias, residual):
+        parameters = self._parameters
+        weight, bias = parameters["weight"], parameters["bias"]
+        if _needs_dispatch(input, weight, bias, residual):
             return self._call_op(input, weight, bias, residual)
         packed = self._packed
-        if packed is None or packed[0] is not weight or packed[1] != _version(weight):
+        if packed is None or packed[0] is not weight or (packed[1] is not None and packed[1] != weight._version):
             packed = self._pack(weight)
         if packed[2] is None or input.dim() != self.dims + 2:
             return self._call_op(input, weight, bias, residual)
-        return weighted_conv_packed(input, packed[2], bias, residual, self._pads, self.activation)
+        try:
+            return weighted_conv_packed(input, packed[2], bias, residual, self._pads, self.activation)
+        except (TypeError, ValueError):  # cheaper than asking first: nearly every residual fits
+            if residual is None or self._fusable(input, residual):
+                raise
+            return self._convolve(input, None) + residual
 
     def _forward_adapted(self, input: Tensor, residual: Tensor | None) -> Tensor:
         """The forward of layers that cast, pad by a rule other than zeros, or give the layout back."""
@@ -137,11 +148,10 @@ class _FusedConv(nn.Module):
             x = x.to(self.weight.dtype)
         if self._mode_pads is not None:
             x = F.pad(x, self._mode_pads, mode=self.padding_mode)
-        if residual is not None and residual.dtype != x.dtype:
-            y = self._convolve(x, None).to(self.output_dtype) + residual
-        else:
-            y = self._convolve(x, residual)
-            y = y if self.output_dtype is None else y.to(self.output_dtype)
+        late = residual is not None and residual.dtype != x.dtype  # added in the wider dtype
+        y = self._convolve(x, None if late else residual)
+        y = y if self.output_dtype is None else y.to(self.output_dtype)
+        y = y + residual if late else y
         return y.contiguous() if self.keep_layout and input.is_contiguous() else y
 
     def _fusable(self, input: Tensor, residual: Tensor) -> bool:
@@ -156,20 +166,9 @@ class _FusedConv(nn.Module):
         spatial = zip(expected[-self.dims :], self._grows, self.stride, strict=True)
         return size[-self.dims :] == tuple((n + grow - 1) // s + 1 for n, grow, s in spatial)
 
-    def _needs_dispatch(self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-        """Gradients, compilation, autocast and tensor subclasses go through the differentiable op."""
-        if torch.compiler.is_compiling() or type(input) not in _PLAIN_TENSORS:
-            return True
-        if torch.is_grad_enabled() and (
-            input.requires_grad
-            or weight.requires_grad
-            or (residual is not None and residual.requires_grad)
-            or (bias is not None and bias.requires_grad)
-        ):
-            return True
-        return torch.is_autocast_enabled("cpu") or weight.device.type != "cpu"
-
     def _call_op(self, input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+        if residual is not None and not self._fusable(input, residual):
+            return self._call_op(input, weight, bias, None) + residual
         padding = self.padding if self._mode_pads is None else 0
         return _FUNCTIONALS[self.dims](
             input, weight, None, bias, self.stride, padding, self.dilation, self.groups,
@@ -179,18 +178,18 @@ class _FusedConv(nn.Module):
     # ------------------------------------------------------------------------------------------------- packing
 
     def _pack(self, weight: Tensor) -> tuple:
-        """(weight, its version, packed form or ``None``): valid as long as the first two are the parameter's."""
+        """(weight, its version, packed form or ``None``): valid as long as the first two are the parameter's.
+
+        Tensors made under ``inference_mode`` count no version.
+        """
         packed = pack(weight.detach(), None, self.stride, self.dilation, self.groups, self.algorithm)
-        self._packed = (weight, _version(weight), packed)
+        self._packed = (weight, None if weight.is_inference() else weight._version, packed)
         return self._packed
 
     @property
     def kernel(self) -> str:
         """Which kernel runs a call without gradients: "direct", "winograd", ..., or "chosen per call" by the op."""
-        weight = self.weight
-        packed = self._packed
-        if packed is None or packed[0] is not weight or packed[1] != _version(weight):
-            packed = self._pack(weight)
+        packed = self._pack(self.weight)
         return "chosen per call" if packed[2] is None else packed[2].algorithm
 
     def _apply(self, fn, recurse=True):

@@ -76,6 +76,7 @@ def test_padding_modes(mode):
     x = torch.randn(2, 3, 6, 7)
     with torch.no_grad():
         assert torch.allclose(layer(x), conv(x).relu(), atol=1e-5)
+        assert layer(x, torch.ones(2, 4, 6, 7).double()).dtype == torch.float64
 
 
 def test_residuals_of_other_shapes_and_dtypes_follow_torch():
@@ -98,6 +99,8 @@ def test_stride_and_unbatched_input_with_residual():
     with torch.no_grad():
         y = conv(x)
         residual = torch.randn_like(y)
+        assert torch.allclose(layer(x, residual), y + residual, atol=1e-5)
+        residual = residual[:, :1]
         assert torch.allclose(layer(x, residual), y + residual, atol=1e-5)
 
 
@@ -195,6 +198,8 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="groups"):
         FusedConv2d(4, 6, 3, groups=4)
     layer = FusedConv2d.from_float(conv)
+    with pytest.raises(ValueError, match="input"), torch.no_grad():
+        layer(torch.randn(1, 5, 6, 6), torch.randn(1, 4, 4, 4))
     for wrong in (torch.randn(1, 5, 6, 6), torch.randn(2, 6), torch.randn(1, 4, 2, 2)):
         with pytest.raises(ValueError, match="input"):
             layer(wrong)
