@@ -3,7 +3,7 @@
 One kernel, ``conv_kernel``, computes every problem of this form, with q an output position, t a tap, and per axis
 integers step, offset and hop:
 
-    y[q, o] = act(b[o] + sum over t, c of x[q * step + offset + t * hop, c] * V[o, c, tap(t)]) + r[q, o],  V = W * density
+    y[q, o] = act(b[o] + sum over t, c of x[q * step + offset + t * hop, c] * (W * density)[o, c, tap(t)]) + r[q, o]
 
 The forward pass is one such problem. The input gradient is one per residue of the input position modulo the stride,
 each with the taps that reach that residue (none: zeros are written), so no work goes to zeros between strided outputs.
@@ -132,9 +132,10 @@ def conv_kernel(
     """One [BLOCK_M pixels, BLOCK_O channels] tile of one group.
 
     x has channel stride 1; channel counts are per group; w_* are strides of the weight in the roles it plays here. WIDE
-    computes coordinates in 64 bits. GATHER unfolds (tap, channel) into one axis, for few input channels; without it, the loop runs
-    over taps and blocks of BLOCK_K channels. WEIGHT_LEFT computes the transposed product: the weight, which has just
-    been multiplied by the density in registers, is then the operand that Hopper's wgmma can take from registers.
+    computes coordinates in 64 bits. GATHER unfolds (tap, channel) into one axis, for few input channels; without it,
+    the loop runs over taps and blocks of BLOCK_K channels. WEIGHT_LEFT computes the transposed product: the weight,
+    which has just been multiplied by the density in registers, is then the operand that Hopper's wgmma can take from
+    registers.
     ``tune`` is read by the autotuner only.
     """
     # Neighbouring programs share their input pixels: channel tiles are the fastest axis, then groups.
@@ -335,7 +336,8 @@ def reduce_kernel(
 ):  # fmt: skip
     """G = sum of the splits, in order; dweight = density * G; ddensity[program, tap] = sum over its rows of weight * G.
 
-    A row is a pair (output channel, input channel of the group). partial and weight are [o, tap, c], dweight [o, c, tap].
+    A row is a pair (output channel, input channel of the group). partial and weight are [o, tap, c], dweight is
+    [o, c, tap].
     """
     program = tl.program_id(0)
     row = program.to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -534,11 +536,8 @@ def _channels_inner(tensor: Tensor) -> Tensor:
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """An uninitialised result in the layout that the op promises: channels_last, or contiguous for [N, C, L]."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=formats.get(len(shape), torch.contiguous_format)
-    )
+    """An uninitialised result in the layout that the op promises: adjacent channels, whatever the rank."""
+    return torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device).movedim(-1, 1)
 
 
 def _forward_axes(input: Tensor, weight: Tensor, stride, padding, dilation) -> tuple[Axis, Axis, Axis]:
@@ -621,9 +620,8 @@ VARIANTS: tuple[Variant, ...] = (
         (128, 16, 16, False, 4, 3),
     ]),
     *_variants("conv", "fp32", _CONV_NAMES, [
-        (128, 64, 8, False, 8, 3),
         (64, 64, 16, False, 8, 3),
-        (64, 64, 8, False, 4, 3),
+        (128, 64, 16, False, 8, 2),
         (64, 32, 16, False, 4, 3),
         (128, 16, 16, False, 4, 3),
     ]),
@@ -656,7 +654,7 @@ VARIANTS: tuple[Variant, ...] = (
     *_variants("weight_gradient", "tf32", _GRADIENT_NAMES, [
         (64, 128, 32, 8, 3),
         (128, 128, 32, 8, 3),
-        (64, 64, 32, 4, 3),
+        (64, 64, 16, 4, 4),
         (16, 64, 16, 4, 3),
     ]),
     *_variants("weight_gradient", "fp32", _GRADIENT_NAMES, [

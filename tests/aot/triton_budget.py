@@ -4,8 +4,8 @@
 
 Every variant is compiled in its dtypes for each architecture, with the arguments that the launcher itself makes for a
 typical layer. Checked: matrix products in fp16, bf16 and tf32 use the tensor-core instruction of the architecture,
-nothing spills, and registers and shared memory stay within ``triton_budget.json``. Code generation differs between versions of
-Triton, so the budget is kept per version; a version without one is held to the limits of the hardware only.
+nothing spills, and registers and shared memory stay within ``triton_budget.json``. Code generation differs between
+versions of Triton, so the budget is kept per version; a version without one is held to the limits of the hardware only.
 ``--write`` records what was found, plus a margin, as this version's budget. Exits with 1 on a violation.
 """
 
@@ -62,54 +62,55 @@ class Result:
 
 
 def launches(variant: wc.Variant, dtype: torch.dtype, problem: str) -> list[wc.Launch]:
-    """The launches of a typical layer, on tensors without storage."""
-    channels = {"skinny": (3, 64), "depthwise": (96, 96)}.get(problem, (128, 128))
-    groups = channels[0] if problem == "depthwise" else 1
-    stride = 2 if problem == "strided" else 1
+    """The launches of a typical layer, on tensors without storage. ``problem`` is its kind and its form."""
+    kind, form = problem.split("-")
+    channels, outputs = {"skinny": (3, 64), "depthwise": (96, 96)}.get(kind, (128, 128))
+    groups = channels if kind == "depthwise" else 1
+    stride = 2 if kind == "strided" else 1
+    dims, size = {"1d": (1, 4096), "2d": (2, 64), "3d": (3, 32), "wide": (2, 40000)}[form]
+    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "relu"}[form]
 
     def image(count: int, size: int) -> torch.Tensor:
-        return torch.empty(4, count, size, size, dtype=dtype, device="meta", memory_format=torch.channels_last)
+        order = (0, dims + 1, *range(1, dims + 1))
+        return torch.empty(4, *(size,) * dims, count, dtype=dtype, device="meta").permute(order)
 
-    x, y = image(channels[0], 64), image(channels[1], 64 // stride)
-    weight = torch.empty(channels[1], channels[0] // groups, 3, 3, dtype=dtype, device="meta")
-    density = torch.empty(3, 3, dtype=dtype, device="meta")
-    geometry = ((stride,) * 2, (1, 1, 1, 1), (1, 1), groups)
+    x, y = image(channels, size), image(outputs, size // stride)
+    weight = torch.empty(outputs, channels // groups, *(3,) * dims, dtype=dtype, device="meta")
+    density, bias = torch.empty_like(weight[0, 0]), torch.empty_like(weight[:, 0].flatten(1)[:, 0])
+    geometry = ((stride,) * dims, (1, 1) * dims, (1,) * dims, groups)
     if variant.kernel in ("weight_gradient", "depthwise_weight_gradient", "reduce"):
-        parts = torch.empty(wc.density_parts(weight), 9, dtype=torch.float64, device="meta")
+        parts = torch.empty(wc.density_parts(weight), density.numel(), dtype=torch.float64, device="meta")
         return wc.plan_weight_gradient(y, x, weight, density, torch.empty_like(weight), parts, *geometry)
-    if problem == "strided":
+    if kind == "strided":
         return wc.plan_input_gradient(y, weight, density, x, *geometry)[:1]
-    bias = torch.empty(channels[1], dtype=dtype, device="meta")
-    return wc.plan_forward(x, weight, density, bias, image(channels[1], 64), y, *geometry, "silu")
+    return wc.plan_forward(x, weight, density, bias, image(outputs, size), y, *geometry, activation)
 
 
-def problems(variant: wc.Variant) -> tuple[str, ...]:
-    """Layers on which a variant is compiled; each takes another path through its kernel."""
-    if variant.kernel.startswith("depthwise"):
-        return ("depthwise",)
-    if variant.kernel == "conv_unfold":
-        return ("skinny",)
-    if variant.kernel == "conv" and dict(variant.meta)["BLOCK_O"] == 64:
-        return "plain", "strided"
-    return ("plain",)
+def problems(variant: wc.Variant, arch: int) -> tuple[str, ...]:
+    """Layers on which a variant is compiled; the first tile of each kernel takes the rarer paths too."""
+    kind = {"conv_unfold": "skinny"}.get(variant.kernel, "depthwise" if "depthwise" in variant.kernel else "plain")
+    found = [f"{kind}-2d"]
+    if is_first(variant) and variant.kernel == "conv":
+        found.append("strided-2d")
+    if is_first(variant) and variant.kernel != "reduce" and arch == 90:
+        found += [f"{kind}-{form}" for form in ("1d", "3d", "wide")]
+    return tuple(found)
+
+
+def is_first(variant: wc.Variant) -> bool:
+    return variant is next(v for v in wc.VARIANTS if (v.kernel, v.precision) == (variant.kernel, variant.precision))
 
 
 def jobs() -> list[Job]:
     """Everything to compile. bfloat16 stands for both half formats, but for one tile of each kernel."""
-    found = []
-    for variant in wc.VARIANTS:
-        dtypes = variant.dtypes
-        for arch in ARCHITECTURES:
-            for problem in problems(variant):
-                found += [Job(variant, dtype, arch, problem) for dtype in dtypes if keep(variant, dtype, problem)]
-    return found
-
-
-def keep(variant: wc.Variant, dtype: torch.dtype, problem: str) -> bool:
-    if dtype == torch.float16:
-        first = next(v for v in wc.VARIANTS if (v.kernel, v.precision) == (variant.kernel, variant.precision))
-        return variant is first and problem == problems(variant)[0]
-    return True
+    return [
+        Job(variant, dtype, arch, problem)
+        for variant in wc.VARIANTS
+        for arch in ARCHITECTURES
+        for problem in problems(variant, arch)
+        for dtype in variant.dtypes
+        if dtype != torch.float16 or (is_first(variant) and problem.endswith("2d"))
+    ]
 
 
 def source(launch: wc.Launch, variant: wc.Variant) -> ASTSource:
@@ -217,8 +218,9 @@ def main() -> int:
                 row = f"{result.registers:>9} {result.shared:>7} {result.spills:>6} {str(result.tensor_core):>11}"
                 print(f"{row}  {job.name}" + "".join(f"\n    FAILED: {p}" for p in problems_found), flush=True)
     if options.write and not failed:
+        partial = options.arch is not None or options.kernel is not None
         everything[triton.__version__] = {
-            **everything.get(triton.__version__, {}),
+            **(everything.get(triton.__version__, {}) if partial else {}),
             **{
                 name: {**row, "registers": min(MAX_REGISTERS, row["registers"] + REGISTER_MARGIN)}
                 for name, row in measured.items()

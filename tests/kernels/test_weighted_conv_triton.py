@@ -109,6 +109,16 @@ SMALL = {
 SMALL["conv_unfold"] = SMALL["conv"]
 
 
+SMALL_CASES = (
+    ConvCase("odd", "every axis one block and a little", (7, 10), (3, 2), 19, 18, padding=1, activation="silu"),
+    ConvCase("strided", "one problem per residue, strides differ", (9, 10), (3, 3), 17, 16, stride=(2, 1), padding=1),
+    ConvCase("unfolded", "several blocks of unfolded (tap, channel)", (8, 9), (3, 3), 5, 18, padding=1, residual=True),
+    ConvCase("groups", "tiles of several groups", (7, 10), (1, 2), 34, 36, groups=2),
+    ConvCase("volume", "3-D, axes all different", (3, 5, 6), (1, 3, 2), 16, 17, stride=(1, 2, 1), padding=(0, 1, 1)),
+    ConvCase("depthwise", "channel multiplier, two blocks", (7, 10), (3, 3), 12, 24, padding=1, groups=12, stride=2),
+)
+
+
 def run_small(launches: list[wc.Launch], which: int) -> None:
     for launch in launches:
         metas = SMALL[launch.kernel]
@@ -116,11 +126,9 @@ def run_small(launches: list[wc.Launch], which: int) -> None:
 
 
 @pytest.mark.parametrize("which", (0, 1), ids=("weight_right", "weight_left"))
-@pytest.mark.parametrize(
-    "name", ("odd_channels", "stride3x2", "groups", "conv3d_odd", "first_rgb", "depthwise_multiplier")
-)
-def test_small_tiles(name, which):
-    args = arguments(CASES[name], torch.float32)
+@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+def test_small_tiles(case, which):
+    args = arguments(case, torch.float32)
     y = torch.empty(reference.weighted_conv(*on_cpu(args)).shape, device=DEVICE)
     run_small(wc.plan_forward(*args[:5], y, *args[5:]), which)
     check_forward(y, args)
@@ -264,6 +272,29 @@ def test_every_kernel_has_candidates_for_every_case():
         y = reference.weighted_conv(*on_cpu(args)).to(DEVICE)
         for launch in wc.plan_forward(*args[:5], y, *args[5:]):
             assert 1 <= len(wc.candidates(launch.kernel, launch.arguments)) <= wc._MOST_CANDIDATES
+
+
+@pytest.mark.skipif(not wc.interpreting(), reason="on a GPU every other test goes through the autotuner")
+@pytest.mark.parametrize("name", ("plain", "first_rgb", "depthwise"))
+def test_autotuner_plumbing(name, monkeypatch):
+    """Keys, candidates and arguments reach the autotuner, which times nothing here and takes the first candidate."""
+    tried = []
+
+    def no_timing(call, quantiles):
+        call()
+        tried.append(call)
+        return [0.0, 0.0, 0.0]
+
+    args = arguments(CASES[name], torch.float32)
+    y = torch.empty(reference.weighted_conv(*on_cpu(args)).shape)
+    (launch,) = wc.plan_forward(*args[:5], y, *args[5:])
+    tuner = wc._tuned(launch.kernel)
+    monkeypatch.setattr(tuner, "_do_bench", no_timing)
+    tuner[launch.grid](**launch.arguments)
+    check_forward(y, args)
+    expected = wc.candidates(launch.kernel, launch.arguments)
+    assert len(tried) == (len(expected) if len(expected) > 1 else 0)
+    assert tuner.best_config in [variant.config() for variant in expected]
 
 
 def reason(*args, **kwargs) -> str | None:
