@@ -131,10 +131,10 @@ def _weighted_conv(
         residual = residual.unsqueeze(0) if isinstance(residual, Tensor) else residual
         arguments = (weight, density, bias, stride, padding, dilation, groups, activation, residual, backend)
         return _weighted_conv(dims, input.unsqueeze(0), *arguments).squeeze(0)
-    if torch.is_autocast_enabled(input.device.type):
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
         input, weight, density, bias, residual = _autocast(input, weight, density, bias, residual)
     args = prepare(dims, input, weight, density, bias, residual, stride, padding, dilation, groups, activation)
-    if torch.compiler.is_compiling() or type(input) not in _PLAIN_TENSORS:
+    if torch.compiler.is_compiling() or type(input) not in _PLAIN_TENSORS or input.is_meta:
         return _through_dispatcher(args, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
         return _through_dispatcher(args, backend)
