@@ -13,8 +13,8 @@ from pydenoise.surgery.modules import keep_entry
 from pydenoise.surgery.policy import Policy
 from pydenoise.surgery.report import Kept, Swap
 
-# Calls that move no tensor: not worth a line in the report.
-_SMALL_TALK = ("getattr", "getitem", "size", "dim", "eq", "_assert_is_none", "_assert")
+# Not worth a line in the report.
+_SMALL_TALK = ("getattr", "getitem")
 
 
 class GraphSurgeon:
@@ -211,7 +211,7 @@ class GraphSurgeon:
             if node.op == "call_module" and node not in self._fused and node.target not in seen:
                 seen.add(node.target)
                 self.kept.append(self._keep_entry(node.target))
-            elif node.op in ("call_function", "call_method") and not node.meta.get("inserted"):
+            elif node.op in ("call_function", "call_method") and not node.meta.get("inserted") and node.meta["moves"]:
                 target = node.target
                 name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
                 if name not in _SMALL_TALK:
@@ -238,6 +238,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, node):
         result = super().run_node(node)
         node.meta["tensor"] = _Info(result) if isinstance(result, torch.Tensor) else None
+        leaves = result if isinstance(result, tuple | list) else (result,)
+        node.meta["moves"] = any(isinstance(leaf, torch.Tensor) for leaf in leaves)
         return result
 
 
