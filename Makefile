@@ -8,11 +8,11 @@ SUITE ?=
 export PYDENOISE_CACHE ?= $(CURDIR)/.cache
 
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
+PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
 PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
 STAMPS := $(VENV)/.stamps
 BUILD_INPUTS := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.toml constraints.txt
-CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
+CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 WEIGHTS := $(PYDENOISE_CACHE)/ffdnet_color.pth
 KERNEL_TESTS := tests/kernels
 
@@ -25,7 +25,7 @@ help:
 	@echo "make test       the test suite (PYTEST_ARGS='-k tiles' and the like are passed on)"
 	@echo "make test-slow  the tests that take long or need much memory"
 	@echo "make bench      time everything (SUITE=weighted_conv or networks: only that)"
-	@echo "make lint       ruff and, where it is installed, clang-format: check;  make format: rewrite"
+	@echo "make lint       ruff and clang-format: check;  make format: rewrite"
 	@echo "make clean      remove build products, $(VENV) and downloaded files stay"
 
 setup: $(STAMPS)/test $(STAMPS)/bench $(WEIGHTS)
@@ -75,13 +75,12 @@ bench: $(STAMPS)/bench
 lint: $(STAMPS)/test
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
-	@if command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(CPP_FILES); \
-	else echo "clang-format is not installed: C++ formatting is not checked"; fi
+	@$(VENV)/bin/clang-format --dry-run --Werror $(CPP_FILES)
 
 format: $(STAMPS)/test
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
-	@if command -v clang-format >/dev/null; then clang-format -i $(CPP_FILES); fi
+	@$(VENV)/bin/clang-format -i $(CPP_FILES)
 
 clean:
 	@rm -rf build dist demo bench/out .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info

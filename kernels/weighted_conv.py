@@ -1036,9 +1036,7 @@ def forward(
     axes = _forward_axes(input, weight, stride, padding, dilation)
     size = [a.count for a in axes[3 - len(stride) :]]
     output = _empty((input.shape[0], weight.shape[0], *size), input)
-    plan = plan_forward(
-        input, weight, density, bias, residual, output, stride, padding, dilation, groups, activation
-    )
+    plan = plan_forward(input, weight, density, bias, residual, output, stride, padding, dilation, groups, activation)
     for launch in plan:
         launch.run()
     return output
@@ -1064,9 +1062,7 @@ def backward(
         parts = None
         if want_density:
             parts = torch.empty((density_parts(weight), density.numel()), dtype=torch.float64, device=weight.device)
-        plan = plan_weight_gradient(
-            grad, input, weight, density, dweight, parts, stride, padding, dilation, groups
-        )
+        plan = plan_weight_gradient(grad, input, weight, density, dweight, parts, stride, padding, dilation, groups)
         for launch in plan:
             launch.run()
         if want_density:

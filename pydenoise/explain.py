@@ -39,7 +39,7 @@ _EXPLAINERS = {f"weighted_conv{dims}d": _explain_conv(dims) for dims in (1, 2, 3
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
-    """Check a call of the functional ``op`` (its name, as in ``pydenoise.functional``) and print every backend's verdict.
+    """Check a call of the functional ``op`` (a name of ``pydenoise.functional``) and print every backend's verdict.
 
     Returns the :class:`Explanation` it prints. Raises what the call itself would raise for bad arguments, and
     ``ValueError`` for an unknown op.

@@ -5,7 +5,6 @@ computation in the kernel's own dtype, plus a floor of a few roundings of the re
 states its reason in ``Case.relaxed``.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -36,10 +35,11 @@ def assert_accurate(
     factor: float = FACTOR,
     scale: float | None = None,
 ) -> None:
-    """Check ``actual`` against the float64 ``oracle`` under the policy; ``baseline`` is torch's result in ``actual``'s dtype.
+    """Check ``actual`` against the float64 ``oracle`` under the policy.
 
-    ``scale`` is what the floor is relative to: the largest oracle value, unless the result is a handful of sums whose
-    terms cancel (a density gradient: give the sum of the terms' magnitudes), where torch's own error can be zero by luck.
+    ``baseline`` is torch's result in ``actual``'s dtype. ``scale`` is what the floor is relative to: the largest oracle
+    value, unless the result is a handful of sums whose terms cancel (a density gradient: give the sum of the terms'
+    magnitudes), where torch's own error can be zero by luck.
     """
     assert oracle.dtype == torch.float64, "the oracle is computed in float64"
     assert actual.shape == oracle.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(oracle.shape)}"
@@ -86,8 +86,8 @@ class ConvCase:
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> dict[str, Tensor | None]:
         """input, weight, density, bias and residual, drawn in float64 and rounded to ``dtype``."""
-        from pydenoise.ops.weighted_conv import explicit_padding, output_size
         from pydenoise.ops._arguments import int_tuple
+        from pydenoise.ops.weighted_conv import explicit_padding, output_size
 
         generator = torch.Generator().manual_seed(seed)
 
@@ -138,29 +138,73 @@ def arrange(tensor: Tensor, strides: str) -> Tensor:
 
 CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase("plain", "the common layer, all blocks full", (16, 28), (3, 3), 32, 64, padding=1),
-    ConvCase("channels_last", "no layout change on the way in", (15, 17), (3, 3), 32, 32, 2, padding=1, strides="channels_last"),
+    ConvCase(
+        "channels_last",
+        "no layout change on the way in",
+        (15, 17),
+        (3, 3),
+        32,
+        32,
+        2,
+        padding=1,
+        strides="channels_last",
+    ),
     ConvCase("odd_channels", "channels not a multiple of any vector width", (9, 31), (3, 3), 19, 37, padding=1),
     ConvCase("wide_tail", "one channel block full, the next nearly empty", (8, 8), (3, 3), 5, 33, padding=1),
     ConvCase("relu_residual", "fused epilogue", (12, 13), (3, 3), 24, 24, padding=1, activation="relu", residual=True),
     ConvCase("silu", "fused epilogue with an exponential", (7, 30), (3, 3), 16, 48, padding=1, activation="silu"),
     ConvCase("gelu", "fused epilogue with erf", (7, 9), (3, 3), 8, 16, padding=1, activation="gelu"),
     ConvCase("gelu_tanh", "fused epilogue with tanh", (7, 9), (3, 3), 8, 16, padding=1, activation="gelu_tanh"),
-    ConvCase("silu_residual", "activation before the residual, not after", (6, 6), (1, 1), 8, 8, activation="silu", residual=True),
+    ConvCase(
+        "silu_residual",
+        "activation before the residual, not after",
+        (6, 6),
+        (1, 1),
+        8,
+        8,
+        activation="silu",
+        residual=True,
+    ),
     ConvCase("pointwise", "1x1: a plain matrix product", (10, 11), (1, 1), 48, 40, 2),
     ConvCase("kernel5", "5x5", (14, 15), (5, 5), 16, 32, padding=2),
     ConvCase("kernel7", "7x7, more padding than half of the row", (9, 6), (7, 7), 8, 24, padding=3),
     ConvCase("kernel3x5", "non-square kernel, one density list per axis", (11, 12), (3, 5), 12, 20, padding=(1, 2)),
     ConvCase("even_kernel", "even kernel with 'same': padding is asymmetric", (9, 10), (4, 2), 8, 16, padding="same"),
-    ConvCase("stride2", "stride 2: the input gradient splits into phases", (15, 18), (3, 3), 16, 32, 2, stride=2, padding=1),
-    ConvCase("stride3x2", "strides differ per axis, larger than the kernel on one", (13, 17), (2, 3), 8, 16, stride=(3, 2)),
+    ConvCase(
+        "stride2", "stride 2: the input gradient splits into phases", (15, 18), (3, 3), 16, 32, 2, stride=2, padding=1
+    ),
+    ConvCase(
+        "stride3x2", "strides differ per axis, larger than the kernel on one", (13, 17), (2, 3), 8, 16, stride=(3, 2)
+    ),
     ConvCase("stride_over_kernel", "input pixels that no output reads", (11, 11), (1, 1), 8, 16, stride=3),
     ConvCase("dilated", "dilation 2", (14, 14), (3, 3), 16, 16, padding=2, dilation=2),
     ConvCase("dilated_far", "dilation larger than the input", (4, 5), (3, 3), 8, 16, padding=6, dilation=6),
-    ConvCase("strided_dilated", "stride and dilation share a factor: empty phases", (12, 12), (3, 3), 8, 8, stride=2, padding=2, dilation=2),
+    ConvCase(
+        "strided_dilated",
+        "stride and dilation share a factor: empty phases",
+        (12, 12),
+        (3, 3),
+        8,
+        8,
+        stride=2,
+        padding=2,
+        dilation=2,
+    ),
     ConvCase("groups", "groups of a few channels", (8, 9), (3, 3), 24, 36, padding=1, groups=3),
     ConvCase("groups_wide", "groups of a full block", (8, 9), (3, 3), 64, 64, padding=1, groups=2),
-    ConvCase("depthwise", "depthwise, channels not a multiple of the vector width", (13, 14), (3, 3), 35, 35, padding=1, groups=35),
-    ConvCase("depthwise7", "large depthwise kernel", (12, 20), (7, 7), 32, 32, 2, padding=3, groups=32, activation="silu"),
+    ConvCase(
+        "depthwise",
+        "depthwise, channels not a multiple of the vector width",
+        (13, 14),
+        (3, 3),
+        35,
+        35,
+        padding=1,
+        groups=35,
+    ),
+    ConvCase(
+        "depthwise7", "large depthwise kernel", (12, 20), (7, 7), 32, 32, 2, padding=3, groups=32, activation="silu"
+    ),
     ConvCase("depthwise_stride", "depthwise, stride 2", (12, 13), (3, 3), 16, 16, stride=2, padding=1, groups=16),
     ConvCase("depthwise_multiplier", "channel multiplier 2", (9, 9), (3, 3), 8, 16, padding=1, groups=8),
     ConvCase("first_rgb", "skinny first layer, 3 channels in", (17, 33), (3, 3), 3, 64, padding=1, activation="relu"),
@@ -171,12 +215,45 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase("single_pixel", "1x1 image, every tap but one in the padding", (1, 1), (3, 3), 16, 16, 3, padding=1),
     ConvCase("one_output", "kernel as large as the image", (5, 5), (5, 5), 8, 8),
     ConvCase("empty_batch", "no images: an empty result", (8, 8), (3, 3), 4, 4, 0, padding=1),
-    ConvCase("no_bias_no_density", "a plain convolution", (8, 11), (3, 3), 16, 16, padding=1, bias=False, density=False),
-    ConvCase("sliced", "non-contiguous input and residual", (9, 14), (3, 3), 16, 16, padding=1, residual=True, strides="sliced"),
+    ConvCase(
+        "no_bias_no_density", "a plain convolution", (8, 11), (3, 3), 16, 16, padding=1, bias=False, density=False
+    ),
+    ConvCase(
+        "sliced",
+        "non-contiguous input and residual",
+        (9, 14),
+        (3, 3),
+        16,
+        16,
+        padding=1,
+        residual=True,
+        strides="sliced",
+    ),
     ConvCase("deep", "many input channels: several accumulation blocks", (5, 6), (3, 3), 520, 16, padding=1),
     ConvCase("conv1d", "1-D", (37,), (5,), 12, 20, 2, padding=2),
-    ConvCase("conv1d_stride", "1-D with stride and dilation", (41,), (3,), 8, 16, stride=2, dilation=3, strides="channels_last"),
+    ConvCase(
+        "conv1d_stride",
+        "1-D with stride and dilation",
+        (41,),
+        (3,),
+        8,
+        16,
+        stride=2,
+        dilation=3,
+        strides="channels_last",
+    ),
     ConvCase("conv3d", "3-D", (5, 6, 7), (3, 3, 3), 8, 16, padding=1),
-    ConvCase("conv3d_odd", "3-D, axes all different", (4, 7, 9), (1, 3, 2), 7, 11, 2, stride=(1, 2, 1), padding=(0, 1, 1), strides="channels_last"),
+    ConvCase(
+        "conv3d_odd",
+        "3-D, axes all different",
+        (4, 7, 9),
+        (1, 3, 2),
+        7,
+        11,
+        2,
+        stride=(1, 2, 1),
+        padding=(0, 1, 1),
+        strides="channels_last",
+    ),
     ConvCase("conv3d_depthwise", "3-D depthwise", (4, 5, 6), (3, 3, 3), 16, 16, padding=1, groups=16),
 )

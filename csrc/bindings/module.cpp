@@ -37,7 +37,8 @@ void torch_parallel_for(int64_t count, int64_t grain, pdn::RangeBody body, void*
 
 std::vector<std::string> isa_levels() {
     std::vector<std::string> names;
-    for (int i = 0; i <= static_cast<int>(pdn::detected_isa()); ++i) names.push_back(pdn::isa_name(static_cast<pdn::Isa>(i)));
+    for (int i = 0; i <= static_cast<int>(pdn::detected_isa()); ++i)
+        names.push_back(pdn::isa_name(static_cast<pdn::Isa>(i)));
     return names;
 }
 
@@ -76,7 +77,8 @@ PYBIND11_MODULE(_C, m) {
     m.def(
         "set_isa_cap",
         [](const std::string& name) {
-            if (!pdn::set_isa_cap(name.c_str())) throw py::value_error("name: expected one of the ISA levels, got '" + name + "'");
+            if (!pdn::set_isa_cap(name.c_str()))
+                throw py::value_error("name: expected one of the ISA levels, got '" + name + "'");
         },
         py::arg("name"), "Lower the ISA level in use; a level above the detected one means the detected one.");
     m.def("isa_environment_error", [] {
@@ -104,7 +106,8 @@ PYBIND11_MODULE(_C, m) {
         [](const std::string& what, double seconds, int threads) {
             py::gil_scoped_release release;
             const double value = pdn::measure_peak(what.c_str(), seconds, threads);
-            if (value < 0) throw py::value_error("what: expected fma_f32, bf16_dot, read, copy or write, got '" + what + "'");
+            if (value < 0)
+                throw py::value_error("what: expected fma_f32, bf16_dot, read, copy or write, got '" + what + "'");
             return value;
         },
         py::arg("what"), py::arg("seconds") = 0.2, py::arg("threads") = 1,

@@ -28,8 +28,8 @@ inline FromBlob from_blob_with_deleter() {
     return function;
 }
 
-// An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes. Large ones
-// come from the pool of buffers and go back to it.
+// An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes. Large
+// ones come from the pool of buffers and go back to it.
 inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) {
     const int64_t dims = static_cast<int64_t>(shape.size());
     std::vector<int64_t> strides(shape.size());
@@ -68,7 +68,9 @@ inline Tensor with_adjacent_channels(const Tensor& tensor) {
 }
 
 // Row-major: `tensor` itself, or a copy.
-inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+inline Tensor dense(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) { return torch::stable::to(tensor, dtype); }
 

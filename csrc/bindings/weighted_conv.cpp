@@ -26,13 +26,15 @@ struct Geometry {
     const int64_t *stride, *padding, *dilation, *kernel;
 
     explicit Geometry(const Ints& flat) : dims(static_cast<int64_t>(flat.size()) / 5) {
-        STD_TORCH_CHECK(flat.size() % 5 == 0 && dims >= 1 && dims <= 3, "geometry: expected 5 ints per axis, 1 to 3 axes");
+        STD_TORCH_CHECK(flat.size() % 5 == 0 && dims >= 1 && dims <= 3,
+                        "geometry: expected 5 ints per axis, 1 to 3 axes");
         stride = flat.data();
         padding = stride + dims;
         dilation = padding + 2 * dims;
         kernel = dilation + dims;
         for (int64_t i = 0; i < dims; ++i)
-            STD_TORCH_CHECK(stride[i] > 0 && dilation[i] > 0 && kernel[i] > 0, "geometry: stride, dilation, kernel must be positive");
+            STD_TORCH_CHECK(stride[i] > 0 && dilation[i] > 0 && kernel[i] > 0,
+                            "geometry: stride, dilation, kernel must be positive");
     }
 
     int64_t out_size(int64_t in_size, int64_t i) const {
@@ -41,12 +43,14 @@ struct Geometry {
 };
 
 DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "cpu kernels take float32 and bfloat16");
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                    "cpu kernels take float32 and bfloat16");
     return dtype == ScalarType::Float ? DType::float32 : DType::bfloat16;
 }
 
 // Kernel, step and dilation; sizes and strides stay those of a single pixel until a tensor is there.
-ConvParams without_tensors(const Geometry& g, int64_t in_channels, int64_t out_channels, int64_t groups, ScalarType dtype) {
+ConvParams without_tensors(const Geometry& g, int64_t in_channels, int64_t out_channels, int64_t groups,
+                           ScalarType dtype) {
     STD_TORCH_CHECK(groups > 0 && out_channels % groups == 0, "groups must divide the output channels");
     ConvParams p{};
     p.dtype = kernel_dtype(dtype);
@@ -93,8 +97,12 @@ Ints output_shape(const ConvParams& p, const Geometry& g) {
 
 WeightView view_of(const ConvParams& p, const Tensor& weight, const MaybeTensor& density) {
     const int64_t taps = p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel;
-    return {weight.data_ptr(), density ? density->data_ptr() : nullptr, p.out_channels * p.in_channels * taps,
-            p.in_channels * taps, taps, 1};
+    return {weight.data_ptr(),
+            density ? density->data_ptr() : nullptr,
+            p.out_channels * p.in_channels * taps,
+            p.in_channels * taps,
+            taps,
+            1};
 }
 
 MaybeTensor map(const MaybeTensor& tensor, Tensor (*f)(const Tensor&)) {
@@ -109,7 +117,8 @@ Tensor empty_bytes(int64_t bytes) {
 }
 
 Isa isa_of(int64_t level) {
-    STD_TORCH_CHECK(level >= 0 && level <= static_cast<int64_t>(detected_isa()), "packed weights are of an ISA level this processor lacks");
+    STD_TORCH_CHECK(level >= 0 && level <= static_cast<int64_t>(detected_isa()),
+                    "packed weights are of an ISA level this processor lacks");
     return static_cast<Isa>(level);
 }
 
@@ -119,9 +128,10 @@ const Algorithm& algorithm_at(Isa isa, int64_t index) {
     return set.algorithms[index];
 }
 
-// -> packed weights, [ISA level, algorithm]: what weighted_conv_packed needs back. Algorithm -1, and nothing packed, where
-// no kernel of the active level takes this dtype directly.
-std::tuple<Tensor, Ints> pack(const Tensor& weight, const MaybeTensor& density, Ints geometry, int64_t groups, bool approximate) {
+// -> packed weights, [ISA level, algorithm]: what weighted_conv_packed needs back. Algorithm -1, and nothing packed,
+// where no kernel of the active level takes this dtype directly.
+std::tuple<Tensor, Ints> pack(const Tensor& weight, const MaybeTensor& density, Ints geometry, int64_t groups,
+                              bool approximate) {
     const Geometry g(geometry);
     const ConvParams p = without_tensors(g, weight.size(1), weight.size(0), groups, weight.scalar_type());
     const Isa isa = active_isa();
@@ -155,7 +165,8 @@ Tensor run_packed(const Tensor& input, ConvParams p, const Geometry& g, const Al
     }
     if (r) {
         STD_TORCH_CHECK(r->dim() == g.dims + 2, "residual: wrong number of dimensions");
-        for (size_t i = 0; i < shape.size(); ++i) STD_TORCH_CHECK(r->size(static_cast<int64_t>(i)) == shape[i], "residual: wrong shape");
+        for (size_t i = 0; i < shape.size(); ++i)
+            STD_TORCH_CHECK(r->size(static_cast<int64_t>(i)) == shape[i], "residual: wrong shape");
         p.residual = r->data_ptr();
         p.residual_batch_stride = r->stride(0);
         for (int64_t i = 0; i < g.dims; ++i) p.axis[3 - g.dims + i].residual_stride = r->stride(2 + i);
@@ -164,11 +175,13 @@ Tensor run_packed(const Tensor& input, ConvParams p, const Geometry& g, const Al
     return output;
 }
 
-Tensor forward_packed(const Tensor& input, const Tensor& packed, Ints kind, const MaybeTensor& bias, const MaybeTensor& residual,
-                      Ints geometry, int64_t out_channels, int64_t groups, int64_t activation) {
+Tensor forward_packed(const Tensor& input, const Tensor& packed, Ints kind, const MaybeTensor& bias,
+                      const MaybeTensor& residual, Ints geometry, int64_t out_channels, int64_t groups,
+                      int64_t activation) {
     const Geometry g(geometry);
     STD_TORCH_CHECK(kind.size() == 2, "kind: expected [ISA level, algorithm]");
-    const ConvParams p = without_tensors(g, input.size(1) / (groups > 0 ? groups : 1), out_channels, groups, input.scalar_type());
+    const ConvParams p =
+        without_tensors(g, input.size(1) / (groups > 0 ? groups : 1), out_channels, groups, input.scalar_type());
     const Algorithm& algorithm = algorithm_at(isa_of(kind[0]), kind[1]);
     STD_TORCH_CHECK(algorithm.unsupported(p) == nullptr && packed.numel() == algorithm.packed_bytes(p),
                     "packed: weights of another convolution");
@@ -219,8 +232,9 @@ Tensor grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& d
         if (q.axis[0].out_size == 0 || q.axis[1].out_size == 0 || q.axis[2].out_size == 0) continue;
         const int index = weighted_conv::choose_algorithm(isa, q, approximate);
         if (index < 0)
-            return to_dtype(grad_input(widened(dy), widened(w), map(d, widened), input_shape, geometry, groups, approximate),
-                            grad.scalar_type());
+            return to_dtype(
+                grad_input(widened(dy), widened(w), map(d, widened), input_shape, geometry, groups, approximate),
+                grad.scalar_type());
         const Algorithm& algorithm = algorithm_at(isa, index);
         if (index != packed_by) {
             WeightView view = straight;
@@ -243,11 +257,12 @@ Tensor grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& d
     return dx;
 }
 
-std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& input, const Tensor& weight, const MaybeTensor& density,
-                                       Ints geometry, int64_t groups, bool need_weight, bool need_density) {
+std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                       const MaybeTensor& density, Ints geometry, int64_t groups, bool need_weight,
+                                       bool need_density) {
     if (input.scalar_type() != ScalarType::Float) {
-        auto [dw, dd] = grad_weight(widened(grad), widened(input), widened(weight), map(density, widened), geometry, groups,
-                                    need_weight, need_density);
+        auto [dw, dd] = grad_weight(widened(grad), widened(input), widened(weight), map(density, widened), geometry,
+                                    groups, need_weight, need_density);
         return {to_dtype(dw, input.scalar_type()), to_dtype(dd, input.scalar_type())};
     }
     const Geometry g(geometry);
@@ -278,7 +293,8 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& input, 
     p.density = d ? d->data_ptr() : nullptr;
     p.weight_grad = need_weight ? dw.data_ptr() : nullptr;
     p.density_grad = need_density && d ? dd.data_ptr() : nullptr;
-    STD_TORCH_CHECK(weighted_conv::grad_weight(active_isa(), p), "out of memory for the partial sums of the weight gradient");
+    STD_TORCH_CHECK(weighted_conv::grad_weight(active_isa(), p),
+                    "out of memory for the partial sums of the weight gradient");
     return {dw, dd};
 }
 
@@ -286,11 +302,15 @@ std::tuple<Tensor, Tensor> grad_weight(const Tensor& grad, const Tensor& input, 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pydenoise, m) {
     m.def(
-        "weighted_conv_cpu(Tensor input, Tensor weight, Tensor? density, Tensor? bias, Tensor? residual, int[] geometry, "
+        "weighted_conv_cpu(Tensor input, Tensor weight, Tensor? density, Tensor? bias, Tensor? residual, int[] "
+        "geometry, "
         "int groups, int activation, bool approximate) -> Tensor");
-    m.def("weighted_conv_cpu_pack(Tensor weight, Tensor? density, int[] geometry, int groups, bool approximate) -> (Tensor, int[])");
     m.def(
-        "weighted_conv_cpu_packed(Tensor input, Tensor packed, int[] kind, Tensor? bias, Tensor? residual, int[] geometry, "
+        "weighted_conv_cpu_pack(Tensor weight, Tensor? density, int[] geometry, int groups, bool approximate) -> "
+        "(Tensor, int[])");
+    m.def(
+        "weighted_conv_cpu_packed(Tensor input, Tensor packed, int[] kind, Tensor? bias, Tensor? residual, int[] "
+        "geometry, "
         "int out_channels, int groups, int activation) -> Tensor");
     m.def(
         "weighted_conv_cpu_grad_input(Tensor grad, Tensor weight, Tensor? density, int[] input_shape, int[] geometry, "

@@ -89,11 +89,16 @@ PDN_INLINE vf gelu(vf x) { return 0.5f * x * (1.f + verf(x * 0.70710678118654752
 // `activation` numbers are those of weighted_conv::Activation; other ops use the same ones.
 PDN_INLINE vf activate(vf x, int activation) {
     switch (activation) {
-        case 1: return relu(x);
-        case 2: return silu(x);
-        case 3: return gelu(x);
-        case 4: return gelu_tanh(x);
-        default: return x;
+        case 1:
+            return relu(x);
+        case 2:
+            return silu(x);
+        case 3:
+            return gelu(x);
+        case 4:
+            return gelu_tanh(x);
+        default:
+            return x;
     }
 }
 

@@ -66,7 +66,9 @@ double best_rate(const char* what, double seconds) {
     const auto end = Clock::now() + std::chrono::duration<double>(seconds);
     do {
         const auto start = Clock::now();
-        const double done = fma ? bursts.fma_f32(100000) : dot ? bursts.bf16_dot(100000) : stream(what, a.get(), b.get());
+        const double done = fma   ? bursts.fma_f32(100000)
+                            : dot ? bursts.bf16_dot(100000)
+                                  : stream(what, a.get(), b.get());
         const double rate = done / std::chrono::duration<double>(Clock::now() - start).count();
         if (rate > best) best = rate;
     } while (Clock::now() < end);

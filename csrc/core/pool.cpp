@@ -10,7 +10,7 @@
 namespace pdn {
 namespace {
 
-constexpr int64_t kHeader = 64;           // in front of the data: the block's capacity, and its alignment kept
+constexpr int64_t kHeader = 64;  // in front of the data: the block's capacity, and its alignment kept
 constexpr int64_t kHugePage = 2 << 20;
 
 struct Block {

@@ -15,11 +15,7 @@ namespace weighted_conv {
 namespace {
 
 constexpr Algorithm kAlgorithms[] = {
-    kDepthwise,
-    kSkinnyIn,
-    kSkinnyOut,
-    kWinograd,
-    kDirectF32,
+    kDepthwise,  kSkinnyIn, kSkinnyOut, kWinograd, kDirectF32,
 #if defined(__AVX512BF16__)
     kDirectBF16,
 #endif

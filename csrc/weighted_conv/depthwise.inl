@@ -62,7 +62,8 @@ struct DepthwiseRow {
         start = finish_at<T>(p, n, row, 0, 0, 0);
     }
 
-    // M neighbouring pixels that see all K taps of a row, stride and dilation 1: every input vector is loaded once a row.
+    // M neighbouring pixels that see all K taps of a row, stride and dilation 1: every input vector is loaded once a
+    // row.
     template <int M, int K, bool Partial>
     void slide(int64_t column, int64_t channel, int lanes) const {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
@@ -100,8 +101,7 @@ struct DepthwiseRow {
     void slide_channels(int64_t column) const {
         for (int64_t channel = 0; channel < p.groups; channel += kWidth) {
             const int lanes = static_cast<int>(min64(kWidth, p.groups - channel));
-            lanes < kWidth ? slide<M, K, true>(column, channel, lanes)
-                           : slide<M, K, false>(column, channel, lanes);
+            lanes < kWidth ? slide<M, K, true>(column, channel, lanes) : slide<M, K, false>(column, channel, lanes);
         }
     }
 
@@ -123,7 +123,7 @@ struct DepthwiseRow {
                 const int64_t hj = h + j * b.offset_step;
                 if (!inside(hj, b.in_size)) continue;
                 const T* x = image + di * a.in_stride + hj * b.in_stride + channel +
-                             (in_position(c, column, 0)) * c.in_stride + from * tap_step;
+                             (in_position(c, column, 0))*c.in_stride + from * tap_step;
                 const int64_t tap = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap;
                 const float* w = packed + (tap + from * c.tap_step) * width;
                 for (int64_t k = from; k < to; ++k) {
@@ -143,7 +143,8 @@ struct DepthwiseRow {
     void channels(int64_t column, int64_t from, int64_t to) const {
         for (int64_t channel = 0; channel < p.groups; channel += kWidth) {
             const int lanes = static_cast<int>(min64(kWidth, p.groups - channel));
-            lanes < kWidth ? tile<M, true>(column, from, to, channel, lanes) : tile<M, false>(column, from, to, channel, lanes);
+            lanes < kWidth ? tile<M, true>(column, from, to, channel, lanes)
+                           : tile<M, false>(column, from, to, channel, lanes);
         }
     }
 
@@ -205,9 +206,8 @@ void depthwise_run(const ConvParams& p, int64_t begin, int64_t end, void*) {
         p.dtype == DType::float32 ? DepthwiseRow<float>(p, item).run() : DepthwiseRow<bf16>(p, item).run();
 }
 
-constexpr Algorithm kDepthwise = {"depthwise",          depthwise_unsupported, depthwise_packed_bytes,
-                                  depthwise_pack_items, depthwise_pack,        depthwise_items,
-                                  depthwise_scratch_bytes, depthwise_run};
+constexpr Algorithm kDepthwise = {"depthwise",    depthwise_unsupported, depthwise_packed_bytes,  depthwise_pack_items,
+                                  depthwise_pack, depthwise_items,       depthwise_scratch_bytes, depthwise_run};
 
 }  // namespace
 }  // namespace weighted_conv

@@ -1,5 +1,5 @@
-// The weight gradient of a depthwise convolution in float32: channels fill the vectors, and the sums of a few neighbouring
-// taps stay in registers while the pixels of all rows stream by.
+// The weight gradient of a depthwise convolution in float32: channels fill the vectors, and the sums of a few
+// neighbouring taps stay in registers while the pixels of all rows stream by.
 #pragma once
 
 #include "grad_weight.inl"
@@ -39,15 +39,16 @@ int64_t depthwise_grad_items(const GradWeightParams& p) {
 
 // acc[t] += x[pixel + t] * dy[pixel] over one stretch of pixels for which all `Taps` taps lie inside the image.
 template <int Taps, bool Partial>
-void depthwise_grad_stretch(const float* x, int64_t x_step, int64_t tap_step, const float* dy, int64_t dy_step, int64_t pixels,
-                            int lanes, float* sums) {
+void depthwise_grad_stretch(const float* x, int64_t x_step, int64_t tap_step, const float* dy, int64_t dy_step,
+                            int64_t pixels, int lanes, float* sums) {
     vf acc[Taps];
 #pragma GCC unroll 8
     for (int t = 0; t < Taps; ++t) acc[t] = load(sums + t * kWidth);
     for (int64_t k = 0; k < pixels; ++k) {
         const vf g = Partial ? load_partial(dy, lanes) : load(dy);
 #pragma GCC unroll 8
-        for (int t = 0; t < Taps; ++t) acc[t] += g * (Partial ? load_partial(x + t * tap_step, lanes) : load(x + t * tap_step));
+        for (int t = 0; t < Taps; ++t)
+            acc[t] += g * (Partial ? load_partial(x + t * tap_step, lanes) : load(x + t * tap_step));
         x += x_step;
         dy += dy_step;
     }
@@ -84,24 +85,38 @@ void depthwise_grad_row(const GradWeightParams& p, const float* x_row, const flo
             const float* dy = dy_row + low * c.out_stride;
             float* at = sums + kw * kWidth;
             switch (bunch) {
-                case 2: depthwise_grad_taps<2>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at); break;
-                case 3: depthwise_grad_taps<3>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at); break;
-                case 4: depthwise_grad_taps<4>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at); break;
-                case 5: depthwise_grad_taps<5>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at); break;
-                case 6: depthwise_grad_taps<6>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at); break;
-                case 7: depthwise_grad_taps<7>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at); break;
-                default: depthwise_grad_taps<8>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                case 2:
+                    depthwise_grad_taps<2>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                    break;
+                case 3:
+                    depthwise_grad_taps<3>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                    break;
+                case 4:
+                    depthwise_grad_taps<4>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                    break;
+                case 5:
+                    depthwise_grad_taps<5>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                    break;
+                case 6:
+                    depthwise_grad_taps<6>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                    break;
+                case 7:
+                    depthwise_grad_taps<7>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
+                    break;
+                default:
+                    depthwise_grad_taps<8>(x, x_step, tap_step, dy, c.out_stride, high - low, lanes, at);
             }
         }
         for (int64_t t = kw; t < kw + bunch; ++t) {
             int64_t from, to;
             valid_range(c, t, &from, &to);
-            const int64_t ends[2][2] = {{from, together ? min64(low, to) : to}, {together ? max64(high, from) : to, to}};
+            const int64_t ends[2][2] = {{from, together ? min64(low, to) : to},
+                                        {together ? max64(high, from) : to, to}};
             for (const auto& end : ends) {
                 if (end[0] >= end[1]) continue;
                 const float* x = x_row + (end[0] * c.step + c.offset + t * c.offset_step) * c.in_stride;
-                depthwise_grad_taps<1>(x, x_step, tap_step, dy_row + end[0] * c.out_stride, c.out_stride, end[1] - end[0],
-                                       lanes, sums + t * kWidth);
+                depthwise_grad_taps<1>(x, x_step, tap_step, dy_row + end[0] * c.out_stride, c.out_stride,
+                                       end[1] - end[0], lanes, sums + t * kWidth);
             }
         }
     }
@@ -118,7 +133,8 @@ void depthwise_grad_run(const GradWeightParams& p, float* partials, int64_t begi
         std::memset(sums, 0, static_cast<size_t>(c.kernel) * kWidth * sizeof(float));
         const int64_t last = min64(layout.rows, (chunk + 1) * layout.rows_per_chunk);
         for (int64_t row = chunk * layout.rows_per_chunk; row < last; ++row) {
-            const int64_t oh = row % b.out_size, od = row / b.out_size % a.out_size, n = row / (b.out_size * a.out_size);
+            const int64_t oh = row % b.out_size, od = row / b.out_size % a.out_size,
+                          n = row / (b.out_size * a.out_size);
             const int64_t id = in_position(a, od, outer / b.kernel), ih = in_position(b, oh, outer % b.kernel);
             if (!inside(id, a.in_size) || !inside(ih, b.in_size)) continue;
             const float* x_row = static_cast<const float*>(p.input) + n * p.in_batch_stride + id * a.in_stride +
@@ -132,7 +148,8 @@ void depthwise_grad_run(const GradWeightParams& p, float* partials, int64_t begi
 
 int64_t depthwise_grad_finish_items(const GradWeightParams& p) { return DepthwiseGradLayout(p).blocks; }
 
-void depthwise_grad_finish(const GradWeightParams& p, const float* partials, double* density_rows, int64_t begin, int64_t end) {
+void depthwise_grad_finish(const GradWeightParams& p, const float* partials, double* density_rows, int64_t begin,
+                           int64_t end) {
     const DepthwiseGradLayout layout(p);
     const float* density = static_cast<const float*>(p.density);
     for (int64_t block = begin; block < end; ++block) {
@@ -147,7 +164,8 @@ void depthwise_grad_finish(const GradWeightParams& p, const float* partials, dou
             for (int64_t lane = 0; lane < lanes; ++lane) {
                 const int64_t at = (block * kWidth + lane) * layout.taps + k;
                 if (density_rows) sum += static_cast<double>(values[lane]) * static_cast<const float*>(p.weight)[at];
-                if (p.weight_grad) static_cast<float*>(p.weight_grad)[at] = density ? values[lane] * density[k] : values[lane];
+                if (p.weight_grad)
+                    static_cast<float*>(p.weight_grad)[at] = density ? values[lane] * density[k] : values[lane];
             }
             if (density_rows) density_rows[block * layout.taps + k] = sum;
         }
@@ -159,9 +177,9 @@ const char* depthwise_grad_unsupported(const GradWeightParams& p) {
     return p.in_channels == 1 && p.out_channels == 1 ? nullptr : "depthwise: one channel in and out per group";
 }
 
-constexpr GradAlgorithm kGradDepthwise = {"grad_depthwise",     depthwise_grad_unsupported,  depthwise_grad_partial_floats,
-                                          depthwise_grad_items, depthwise_grad_run,          depthwise_grad_finish_items,
-                                          depthwise_grad_finish};
+constexpr GradAlgorithm kGradDepthwise = {
+    "grad_depthwise",   depthwise_grad_unsupported,  depthwise_grad_partial_floats, depthwise_grad_items,
+    depthwise_grad_run, depthwise_grad_finish_items, depthwise_grad_finish};
 
 }  // namespace
 }  // namespace weighted_conv

@@ -73,7 +73,8 @@ int choose_algorithm(Isa isa, const ConvParams& p, bool allow_approximate) {
 }
 
 void pack(const Algorithm& algorithm, const ConvParams& p, const WeightView& view, void* packed) {
-    const int64_t elements = p.in_channels * p.out_channels * p.groups * p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel;
+    const int64_t elements =
+        p.in_channels * p.out_channels * p.groups * p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel;
     const int64_t items = algorithm.pack_items(p);
     const int64_t grain = elements < 32768 ? items : 1;  // waking threads costs more than a small copy
     parallel_ranges(items, grain, [&](int64_t begin, int64_t end) { algorithm.pack(p, view, packed, begin, end); });
@@ -116,7 +117,8 @@ GradInputPhase grad_input_phase(const ConvParams& forward, int64_t phase) {
         const int64_t stride = forward.axis[i].step, along = phase % stride;
         phase /= stride;
         p.axis[i] = grad_input_axis(forward.axis[i], along);
-        if (!result.flipped && stride == 1) {  // beside a strided axis the kernel is not reversed: walk its taps backward
+        if (!result.flipped &&
+            stride == 1) {  // beside a strided axis the kernel is not reversed: walk its taps backward
             p.axis[i].offset = -forward.axis[i].offset;
             p.axis[i].offset_step = -forward.axis[i].offset_step;
         }
@@ -139,7 +141,8 @@ bool grad_weight(Isa isa, const GradWeightParams& p) {
     if (memory == nullptr) return false;
     float* partials = reinterpret_cast<float*>(memory);
     double* rows = row_bytes ? reinterpret_cast<double*>(memory + partial_bytes) : nullptr;
-    parallel_ranges(algorithm->items(p), 1, [&](int64_t begin, int64_t end) { algorithm->run(p, partials, begin, end); });
+    parallel_ranges(algorithm->items(p), 1,
+                    [&](int64_t begin, int64_t end) { algorithm->run(p, partials, begin, end); });
     parallel_ranges(finish_items, 1,
                     [&](int64_t begin, int64_t end) { algorithm->finish(p, partials, rows, begin, end); });
     for (int64_t k = 0; rows != nullptr && k < taps; ++k) {

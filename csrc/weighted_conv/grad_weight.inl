@@ -8,8 +8,8 @@ namespace pdn {
 namespace weighted_conv {
 namespace {
 
-constexpr int kRowsAtOnce = 32;           // rows a tile may stream before its accumulators go back to memory
-constexpr int64_t kPixelsAtOnce = 128;    // pixels that pay for that
+constexpr int kRowsAtOnce = 32;         // rows a tile may stream before its accumulators go back to memory
+constexpr int64_t kPixelsAtOnce = 128;  // pixels that pay for that
 
 // Work of one register tile: `pixels` steps of acc[m][j] += x[m] * dy[j] in each of the rows.
 struct OuterTask {
@@ -61,21 +61,35 @@ PDN_INLINE void outer_tile_of(const OuterTask& t) {
 
 void run_outer_tile(const OuterTask& t, int channels) {
     switch (channels) {
-        case 1: return outer_tile_of<1>(t);
-        case 2: return outer_tile_of<2>(t);
-        case 3: return outer_tile_of<3>(t);
-        case 4: return outer_tile_of<4>(t);
-        case 5: return outer_tile_of<5>(t);
-        case 6: return outer_tile_of<6>(t);
+        case 1:
+            return outer_tile_of<1>(t);
+        case 2:
+            return outer_tile_of<2>(t);
+        case 3:
+            return outer_tile_of<3>(t);
+        case 4:
+            return outer_tile_of<4>(t);
+        case 5:
+            return outer_tile_of<5>(t);
+        case 6:
+            return outer_tile_of<6>(t);
 #if defined(__AVX512F__)
-        case 7: return outer_tile_of<7>(t);
-        case 8: return outer_tile_of<8>(t);
-        case 9: return outer_tile_of<9>(t);
-        case 10: return outer_tile_of<10>(t);
-        case 11: return outer_tile_of<11>(t);
-        case 12: return outer_tile_of<12>(t);
-        case 13: return outer_tile_of<13>(t);
-        case 14: return outer_tile_of<14>(t);
+        case 7:
+            return outer_tile_of<7>(t);
+        case 8:
+            return outer_tile_of<8>(t);
+        case 9:
+            return outer_tile_of<9>(t);
+        case 10:
+            return outer_tile_of<10>(t);
+        case 11:
+            return outer_tile_of<11>(t);
+        case 12:
+            return outer_tile_of<12>(t);
+        case 13:
+            return outer_tile_of<13>(t);
+        case 14:
+            return outer_tile_of<14>(t);
 #endif
     }
 }
@@ -165,7 +179,8 @@ void grad_run(const GradWeightParams& p, float* partials, int64_t begin, int64_t
         task.width = width;
         task.lanes = lanes;
         for (int64_t row = chunk * layout.rows_per_chunk; row < last; ++row) {
-            const int64_t oh = row % b.out_size, od = row / b.out_size % a.out_size, n = row / (b.out_size * a.out_size);
+            const int64_t oh = row % b.out_size, od = row / b.out_size % a.out_size,
+                          n = row / (b.out_size * a.out_size);
             const int64_t id = in_position(a, od, kd), ih = in_position(b, oh, kh);
             if (inside(id, a.in_size) && inside(ih, b.in_size)) {
                 x_rows[task.rows] = static_cast<const float*>(p.input) + n * p.in_batch_stride + id * a.in_stride +
@@ -207,7 +222,8 @@ void grad_finish(const GradWeightParams& p, const float* partials, double* densi
         for (int64_t c = 0; c < p.in_channels; ++c) {
             for (int64_t from = 0; from < layout.taps; from += kTapsAtOnce) {
                 const int64_t taps = min64(layout.taps - from, kTapsAtOnce);
-                float turned[kLanes * kTapsAtOnce];  // [output channel][tap]: the sums of one tap lie far from the next tap's
+                float turned[kLanes *
+                             kTapsAtOnce];  // [output channel][tap]: the sums of one tap lie far from the next tap's
                 for (int64_t k = 0; k < taps; ++k)
                     for (int64_t o = 0; o < lanes; ++o)
                         turned[o * taps + k] = first[((from + k) * p.in_channels + c) * width + o];

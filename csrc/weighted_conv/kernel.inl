@@ -12,9 +12,9 @@ namespace pdn {
 namespace weighted_conv {
 namespace {
 
-constexpr int kBlock = 2;                         // vectors of output channels per tile
-constexpr int kTile = kWidth == 16 ? 14 : 6;      // pixels per tile: kTile * kBlock accumulators, rest for operands
-constexpr int kLanes = kBlock * kWidth;           // output channels per full block
+constexpr int kBlock = 2;                          // vectors of output channels per tile
+constexpr int kTile = kWidth == 16 ? 14 : 6;       // pixels per tile: kTile * kBlock accumulators, rest for operands
+constexpr int kLanes = kBlock * kWidth;            // output channels per full block
 constexpr int64_t kTapsAtOnce = 64;                // taps whose weights are turned around at once, packing or unpacking
 constexpr int64_t kPiece = 128;                    // steps per chain of additions
 constexpr int64_t kWeightChunkBytes = 256 * 1024;  // weights that stream through L2 before the next tile reuses them
@@ -69,7 +69,8 @@ struct Finish {
 
 // The output pixel (n, row, column) of `p`, channels from `channel`.
 template <class T>
-PDN_INLINE Finish<T> finish_at(const ConvParams& p, int64_t n, int64_t row, int64_t column, int64_t channel, int lanes) {
+PDN_INLINE Finish<T> finish_at(const ConvParams& p, int64_t n, int64_t row, int64_t column, int64_t channel,
+                               int lanes) {
     const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
     const int64_t od = row / b.out_size, oh = row % b.out_size;
     Finish<T> f;
@@ -120,7 +121,8 @@ struct TileTask {
 };
 
 template <class E, int M, int N>
-PDN_INLINE void step(vf (&acc)[M][N], const typename E::T* const (&x)[M], int64_t c, const typename E::T* w, bool tail) {
+PDN_INLINE void step(vf (&acc)[M][N], const typename E::T* const (&x)[M], int64_t c, const typename E::T* w,
+                     bool tail) {
     vf b[N];
     for (int j = 0; j < N; ++j) b[j] = E::weights(w + j * kWidth * E::kChannels);
 #pragma GCC unroll 16
@@ -187,7 +189,9 @@ void tile(const TileTask<E>& t) {
     using T = typename E::T;
     vf acc[M][N];
     for (int j = 0; j < N; ++j) {
-        const vf first = t.start ? vf{} : bias_vector(t.finish.bias ? t.finish.bias + j * kWidth : nullptr, t.finish.lanes - j * kWidth);
+        const vf first =
+            t.start ? vf{}
+                    : bias_vector(t.finish.bias ? t.finish.bias + j * kWidth : nullptr, t.finish.lanes - j * kWidth);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) acc[m][j] = t.start ? load(t.start + (m * N + j) * kWidth) : first;
     }
@@ -199,8 +203,7 @@ void tile(const TileTask<E>& t) {
         const Stretch<E>& stretch = t.stretches[i];
         const T* x[M];
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m)
-            x[m] = stretch.first ? stretch.first + m * t.pixel_stride : t.pixels[i * kTile + m];
+        for (int m = 0; m < M; ++m) x[m] = stretch.first ? stretch.first + m * t.pixel_stride : t.pixels[i * kTile + m];
         const T* w = stretch.weights;
         for (int64_t from = 0; from < stretch.channels; from += kPiece * E::kChannels) {
             const int64_t to = min64(stretch.channels, from + kPiece * E::kChannels);
@@ -248,21 +251,35 @@ PDN_INLINE void tile_of(const TileTask<E>& t) {
 template <class E>
 void run_tile(const TileTask<E>& t, int pixels) {
     switch (pixels) {
-        case 1: return tile_of<E, 1>(t);
-        case 2: return tile_of<E, 2>(t);
-        case 3: return tile_of<E, 3>(t);
-        case 4: return tile_of<E, 4>(t);
-        case 5: return tile_of<E, 5>(t);
-        case 6: return tile_of<E, 6>(t);
+        case 1:
+            return tile_of<E, 1>(t);
+        case 2:
+            return tile_of<E, 2>(t);
+        case 3:
+            return tile_of<E, 3>(t);
+        case 4:
+            return tile_of<E, 4>(t);
+        case 5:
+            return tile_of<E, 5>(t);
+        case 6:
+            return tile_of<E, 6>(t);
 #if defined(__AVX512F__)
-        case 7: return tile_of<E, 7>(t);
-        case 8: return tile_of<E, 8>(t);
-        case 9: return tile_of<E, 9>(t);
-        case 10: return tile_of<E, 10>(t);
-        case 11: return tile_of<E, 11>(t);
-        case 12: return tile_of<E, 12>(t);
-        case 13: return tile_of<E, 13>(t);
-        case 14: return tile_of<E, 14>(t);
+        case 7:
+            return tile_of<E, 7>(t);
+        case 8:
+            return tile_of<E, 8>(t);
+        case 9:
+            return tile_of<E, 9>(t);
+        case 10:
+            return tile_of<E, 10>(t);
+        case 11:
+            return tile_of<E, 11>(t);
+        case 12:
+            return tile_of<E, 12>(t);
+        case 13:
+            return tile_of<E, 13>(t);
+        case 14:
+            return tile_of<E, 14>(t);
 #endif
     }
 }
@@ -310,10 +327,11 @@ int64_t pack_items(const ConvParams& p) {
     return p.groups * Packing<E>(p).blocks;
 }
 
-// One step of one block: channels [c, c + kChannels) of `lanes` outputs for taps [from, to), as rows [tap - from][width][kChannels].
+// One step of one block: channels [c, c + kChannels) of `lanes` outputs for taps [from, to), as rows [tap -
+// from][width][kChannels].
 template <class E>
-void pack_step(const ConvParams& p, const WeightView& view, const typename E::T* w, int64_t c, int64_t lanes, int64_t from,
-               int64_t to, int width, typename E::T* rows) {
+void pack_step(const ConvParams& p, const WeightView& view, const typename E::T* w, int64_t c, int64_t lanes,
+               int64_t from, int64_t to, int width, typename E::T* rows) {
     using T = typename E::T;
     const T* density = static_cast<const T*>(view.density);
     const int64_t row = static_cast<int64_t>(width) * E::kChannels;
@@ -361,8 +379,8 @@ void pack(const ConvParams& p, const WeightView& view, void* packed, int64_t beg
 // ------------------------------------------------------------------------------------------------ rows and tiles
 
 // Output pixels are walked in runs: whole rows where a row fills tiles, several rows together where it does not. A work
-// item is one run of one block of output channels. Blocks come first where the weights are larger than the image, so that
-// what is larger is read once.
+// item is one run of one block of output channels. Blocks come first where the weights are larger than the image, so
+// that what is larger is read once.
 struct Runs {
     int64_t rows, rows_per_run, per_image, blocks;
     bool blocks_first;
@@ -412,7 +430,9 @@ int64_t direct_scratch(const ConvParams& p) {
 PDN_INLINE int64_t in_position(const Axis& a, int64_t out, int64_t tap) {
     return out * a.step + a.offset + tap * a.offset_step;
 }
-PDN_INLINE bool inside(int64_t position, int64_t size) { return static_cast<uint64_t>(position) < static_cast<uint64_t>(size); }
+PDN_INLINE bool inside(int64_t position, int64_t size) {
+    return static_cast<uint64_t>(position) < static_cast<uint64_t>(size);
+}
 
 // First and one-past-last output position whose input position for tap t lies inside the image.
 PDN_INLINE void valid_range(const Axis& a, int64_t t, int64_t* low, int64_t* high) {
@@ -444,19 +464,21 @@ struct DirectRun {
         at += sizes.stretch_bytes;
         accumulators = reinterpret_cast<float*>(at);
         const Axis& c = p.axis[2];
-        rows_adjoin = c.offset_step * c.in_stride == p.in_channels && c.tap_step == 1 && p.in_channels % E::kChannels == 0;
+        rows_adjoin =
+            c.offset_step * c.in_stride == p.in_channels && c.tap_step == 1 && p.in_channels % E::kChannels == 0;
     }
 
-    // The stretches that `count` pixels of one output row, from `column`, read for the outer taps [from, to). Taps that no
-    // pixel sees are left out; where some pixels see a tap and others do not, those read zeros. Returns how many.
-    int gather(const T* image, int64_t row, int64_t column, int count, int64_t from, int64_t to, const T* block, int width) {
+    // The stretches that `count` pixels of one output row, from `column`, read for the outer taps [from, to). Taps that
+    // no pixel sees are left out; where some pixels see a tap and others do not, those read zeros. Returns how many.
+    int gather(const T* image, int64_t row, int64_t column, int count, int64_t from, int64_t to, const T* block,
+               int width) {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
         const int64_t tap_elements = layout.tap_elements(width);
         const int64_t d = row / b.out_size * a.step + a.offset, h = row % b.out_size * b.step + b.offset;
         const int64_t first = column * c.step + c.offset, last = first + (count - 1) * c.step;
         const int64_t reach = (c.taps - 1) * c.offset_step;
-        const bool all_inside = inside(first, c.in_size) && inside(last, c.in_size) && inside(first + reach, c.in_size) &&
-                                inside(last + reach, c.in_size);
+        const bool all_inside = inside(first, c.in_size) && inside(last, c.in_size) &&
+                                inside(first + reach, c.in_size) && inside(last + reach, c.in_size);
         int used = 0;
         for (int64_t outer = from; outer < to; ++outer) {
             const int64_t i = outer / b.taps, j = outer % b.taps;
@@ -542,28 +564,17 @@ const char* direct_f32_unsupported(const ConvParams& p) {
     return p.dtype == DType::float32 ? nullptr : "the float32 kernel takes float32 only";
 }
 
-constexpr Algorithm kDirectF32 = {"direct",
-                                  direct_f32_unsupported,
-                                  packed_bytes<Float32>,
-                                  pack_items<Float32>,
-                                  pack<Float32>,
-                                  direct_items<Float32>,
-                                  direct_scratch<Float32>,
-                                  direct_run<Float32>};
+constexpr Algorithm kDirectF32 = {"direct",      direct_f32_unsupported, packed_bytes<Float32>,   pack_items<Float32>,
+                                  pack<Float32>, direct_items<Float32>,  direct_scratch<Float32>, direct_run<Float32>};
 
 #if defined(__AVX512BF16__)
 const char* direct_bf16_unsupported(const ConvParams& p) {
     return p.dtype == DType::bfloat16 ? nullptr : "the bfloat16 kernel takes bfloat16 only";
 }
 
-constexpr Algorithm kDirectBF16 = {"direct_bf16",
-                                   direct_bf16_unsupported,
-                                   packed_bytes<BFloat16>,
-                                   pack_items<BFloat16>,
-                                   pack<BFloat16>,
-                                   direct_items<BFloat16>,
-                                   direct_scratch<BFloat16>,
-                                   direct_run<BFloat16>};
+constexpr Algorithm kDirectBF16 = {
+    "direct_bf16",  direct_bf16_unsupported, packed_bytes<BFloat16>,   pack_items<BFloat16>,
+    pack<BFloat16>, direct_items<BFloat16>,  direct_scratch<BFloat16>, direct_run<BFloat16>};
 #endif
 
 }  // namespace

@@ -16,8 +16,8 @@ PDN_INLINE vf load_lanes(const T* p, int64_t lanes) {
 }
 
 // ------------------------------------------------------------------------------------------------ few channels in
-// The input rows that an output row needs are laid out with their padding, so that tap t of a pixel lies at a fixed offset
-// whatever the border; then one flat loop runs over all taps and channels.
+// The input rows that an output row needs are laid out with their padding, so that tap t of a pixel lies at a fixed
+// offset whatever the border; then one flat loop runs over all taps and channels.
 
 const char* skinny_in_unsupported(const ConvParams& p) {
     if (p.in_channels > kSkinnyChannels) return "skinny_in: more than 4 input channels per group";
@@ -87,11 +87,13 @@ PDN_INLINE int64_t padded_span(const Axis& c) {
 
 int64_t skinny_in_scratch(const ConvParams& p) {
     const int64_t rows = p.axis[0].taps * p.axis[1].taps;
-    return (rows * padded_span(p.axis[2]) * p.in_channels + kWidth) * 4 + (skinny_steps(p) + 1) * sizeof(SkinnyStep) + 64;
+    return (rows * padded_span(p.axis[2]) * p.in_channels + kWidth) * 4 + (skinny_steps(p) + 1) * sizeof(SkinnyStep) +
+           64;
 }
 
 template <int M, int N, int Stride, class T>
-void skinny_in_tile(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count, const Finish<T>& f) {
+void skinny_in_tile(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count,
+                    const Finish<T>& f) {
     vf acc[M][N];
     for (int j = 0; j < N; ++j) {
         const vf first = bias_vector(f.bias ? f.bias + j * kWidth : nullptr, f.lanes - j * kWidth);
@@ -112,12 +114,15 @@ void skinny_in_tile(const float* x, int64_t stride, const float* w, const Skinny
 }
 
 template <int M, int N, class T>
-PDN_INLINE void skinny_in_strides(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count,
-                                  const Finish<T>& f) {
+PDN_INLINE void skinny_in_strides(const float* x, int64_t stride, const float* w, const SkinnyStep* steps,
+                                  int64_t count, const Finish<T>& f) {
     switch (stride) {  // a stride known when compiling makes every pixel an offset from one register
-        case 1: return skinny_in_tile<M, N, 1, T>(x, stride, w, steps, count, f);
-        case 3: return skinny_in_tile<M, N, 3, T>(x, stride, w, steps, count, f);
-        default: return skinny_in_tile<M, N, 0, T>(x, stride, w, steps, count, f);
+        case 1:
+            return skinny_in_tile<M, N, 1, T>(x, stride, w, steps, count, f);
+        case 3:
+            return skinny_in_tile<M, N, 3, T>(x, stride, w, steps, count, f);
+        default:
+            return skinny_in_tile<M, N, 0, T>(x, stride, w, steps, count, f);
     }
 }
 
@@ -152,7 +157,8 @@ void skinny_in_fill(const ConvParams& p, int64_t n, int64_t group, int64_t row, 
             const int64_t low = max64(0, -first), high = min64(span, c.in_size - first);
             if (low >= high) continue;
             if (c.in_stride == p.in_channels) {
-                copy_widened(from + (first + low) * c.in_stride, rows + low * p.in_channels, (high - low) * p.in_channels);
+                copy_widened(from + (first + low) * c.in_stride, rows + low * p.in_channels,
+                             (high - low) * p.in_channels);
                 continue;
             }
             for (int64_t w = low; w < high; ++w)
@@ -174,8 +180,8 @@ void skinny_in_run_as(const ConvParams& p, int64_t begin, int64_t end, void* scr
         for (int64_t j = 0; j < b.taps; ++j)
             for (int64_t k = 0; k < c.taps; ++k)
                 for (int64_t ch = 0; ch < p.in_channels; ++ch, ++at) {
-                    const int64_t tap = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap +
-                                        k * c.tap_step;
+                    const int64_t tap = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel +
+                                        c.tap + k * c.tap_step;
                     const int64_t column = k * c.offset_step - (reach < 0 ? reach : 0);
                     steps[at].input = static_cast<int32_t>(((i * b.taps + j) * span + column) * p.in_channels + ch);
                     steps[at].weight = static_cast<int32_t>(tap * p.in_channels + ch);
@@ -205,15 +211,16 @@ void skinny_in_run_as(const ConvParams& p, int64_t begin, int64_t end, void* scr
 }
 
 void skinny_in_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
-    p.dtype == DType::float32 ? skinny_in_run_as<float>(p, begin, end, scratch) : skinny_in_run_as<bf16>(p, begin, end, scratch);
+    p.dtype == DType::float32 ? skinny_in_run_as<float>(p, begin, end, scratch)
+                              : skinny_in_run_as<bf16>(p, begin, end, scratch);
 }
 
-constexpr Algorithm kSkinnyIn = {"skinny_in",          skinny_in_unsupported, skinny_in_packed_bytes, skinny_in_pack_items,
-                                 skinny_in_pack,       skinny_in_items,       skinny_in_scratch,      skinny_in_run};
+constexpr Algorithm kSkinnyIn = {"skinny_in",    skinny_in_unsupported, skinny_in_packed_bytes, skinny_in_pack_items,
+                                 skinny_in_pack, skinny_in_items,       skinny_in_scratch,      skinny_in_run};
 
 // ------------------------------------------------------------------------------------------------ few channels out
-// Input channels fill the vectors; the sums of a few pixels times all output channels stay in registers, and the lanes are
-// added up at the end.
+// Input channels fill the vectors; the sums of a few pixels times all output channels stay in registers, and the lanes
+// are added up at the end.
 
 constexpr int kSkinnyPixels = kWidth == 16 ? 6 : 3;
 
@@ -237,9 +244,12 @@ void skinny_out_pack_as(const ConvParams& p, const WeightView& view, float* pack
             const float factor = view.density ? widen(static_cast<const T*>(view.density)[tap * view.tap_stride]) : 1.f;
             const int64_t kernel = p.axis[2].kernel, outer = tap / kernel;
             for (int64_t o = 0; o < p.out_channels; ++o) {
-                float* out = packed + ((group * taps / kernel + outer) * p.out_channels * kernel + o * kernel + tap % kernel) * row;
+                float* out =
+                    packed +
+                    ((group * taps / kernel + outer) * p.out_channels * kernel + o * kernel + tap % kernel) * row;
                 for (int64_t c = 0; c < row; ++c) {
-                    const int64_t at = group * view.group_stride + o * view.out_stride + c * view.in_stride + tap * view.tap_stride;
+                    const int64_t at =
+                        group * view.group_stride + o * view.out_stride + c * view.in_stride + tap * view.tap_stride;
                     out[c] = c < p.in_channels ? widen(static_cast<const T*>(view.weight)[at]) * factor : 0.f;
                 }
             }
@@ -309,8 +319,8 @@ struct SkinnyOutRow {
             for (int o = 0; o < O; ++o) acc[m][o] = vf{};
         const int64_t first = in_position(c, column, 0), last = in_position(c, column + M - 1, 0);
         const int64_t reach = (c.taps - 1) * c.offset_step;
-        const bool all_inside = inside(first, c.in_size) && inside(last, c.in_size) && inside(first + reach, c.in_size) &&
-                                inside(last + reach, c.in_size);
+        const bool all_inside = inside(first, c.in_size) && inside(last, c.in_size) &&
+                                inside(first + reach, c.in_size) && inside(last + reach, c.in_size);
         for (int64_t i = 0; i < a.taps; ++i) {
             const int64_t d = in_position(a, row / b.out_size, i);
             if (!inside(d, a.in_size)) continue;
@@ -365,10 +375,14 @@ struct SkinnyOutRow {
     template <int M>
     void pixels(int64_t column) const {
         switch (p.out_channels) {
-            case 1: return tile<M, 1>(column);
-            case 2: return tile<M, 2>(column);
-            case 3: return tile<M, 3>(column);
-            default: return tile<M, 4>(column);
+            case 1:
+                return tile<M, 1>(column);
+            case 2:
+                return tile<M, 2>(column);
+            case 3:
+                return tile<M, 3>(column);
+            default:
+                return tile<M, 4>(column);
         }
     }
 
@@ -382,11 +396,13 @@ struct SkinnyOutRow {
 void skinny_out_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
     std::memset(scratch, 0, static_cast<size_t>(skinny_out_scratch(p)));
     for (int64_t item = begin; item < end; ++item)
-        p.dtype == DType::float32 ? SkinnyOutRow<float>(p, item, scratch).run() : SkinnyOutRow<bf16>(p, item, scratch).run();
+        p.dtype == DType::float32 ? SkinnyOutRow<float>(p, item, scratch).run()
+                                  : SkinnyOutRow<bf16>(p, item, scratch).run();
 }
 
-constexpr Algorithm kSkinnyOut = {"skinny_out",    skinny_out_unsupported, skinny_out_packed_bytes, skinny_out_pack_items,
-                                  skinny_out_pack, skinny_out_items,       skinny_out_scratch,      skinny_out_run};
+constexpr Algorithm kSkinnyOut = {"skinny_out",          skinny_out_unsupported, skinny_out_packed_bytes,
+                                  skinny_out_pack_items, skinny_out_pack,        skinny_out_items,
+                                  skinny_out_scratch,    skinny_out_run};
 
 }  // namespace
 }  // namespace weighted_conv

@@ -18,7 +18,7 @@ namespace weighted_conv {
 namespace {
 
 constexpr int kWinogradRows = kWidth == 16 ? 14 : 6;  // tiles per register block
-constexpr int kWinogradVectors = 2;                    // output vectors per register block
+constexpr int kWinogradVectors = 2;                   // output vectors per register block
 constexpr int kWinogradPoints = 36;
 constexpr int kWinogradLanes = kWinogradVectors * kWidth;
 constexpr int64_t kWinogradPackStep = 16;  // input channels per packing item
@@ -27,12 +27,12 @@ constexpr float kRootHalf = 0.70710678118654752f, kRootTwo = 1.41421356237309505
 
 struct WinogradPlan {
     int64_t tile_columns, tiles_per_image, tiles;
-    int64_t block, blocks;     // tiles of the largest block, number of blocks
-    int64_t columns;           // blocks of output channels
-    int64_t channel_vectors;   // of the input
-    int64_t v_step, m_step;    // floats between two of the 36 points in the transformed input and in the products
-    int64_t column_floats;     // packed weight of one full column
-    int64_t group_floats;      // packed weight of one group
+    int64_t block, blocks;    // tiles of the largest block, number of blocks
+    int64_t columns;          // blocks of output channels
+    int64_t channel_vectors;  // of the input
+    int64_t v_step, m_step;   // floats between two of the 36 points in the transformed input and in the products
+    int64_t column_floats;    // packed weight of one full column
+    int64_t group_floats;     // packed weight of one group
 };
 
 PDN_INLINE int64_t winograd_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -45,7 +45,7 @@ PDN_INLINE WinogradPlan winograd_plan(const ConvParams& p) {
     plan.columns = winograd_ceil(p.out_channels, kWinogradLanes);
     plan.channel_vectors = winograd_ceil(p.in_channels, kWidth);
     const int64_t tile_bytes = kWinogradPoints * 4 * (plan.channel_vectors * kWidth + kWinogradLanes);
-    int64_t most = kWinogradScratch / tile_bytes / kWinogradRows;  // in register blocks
+    int64_t most = kWinogradScratch / tile_bytes / kWinogradRows;         // in register blocks
     const int64_t spread = winograd_ceil(plan.tiles, 8 * kWinogradRows);  // leave items for several threads
     if (most > spread) most = spread;
     if (most < 1) most = 1;
@@ -272,22 +272,36 @@ using WinogradProduct = void (*)(const float*, int64_t, const float*, int64_t, f
 template <int kVectors>
 PDN_INLINE WinogradProduct winograd_product_of(int64_t rows) {
     switch (rows) {
-        case 1: return winograd_product<1, kVectors>;
-        case 2: return winograd_product<2, kVectors>;
-        case 3: return winograd_product<3, kVectors>;
-        case 4: return winograd_product<4, kVectors>;
-        case 5: return winograd_product<5, kVectors>;
-        case 6: return winograd_product<6, kVectors>;
+        case 1:
+            return winograd_product<1, kVectors>;
+        case 2:
+            return winograd_product<2, kVectors>;
+        case 3:
+            return winograd_product<3, kVectors>;
+        case 4:
+            return winograd_product<4, kVectors>;
+        case 5:
+            return winograd_product<5, kVectors>;
+        case 6:
+            return winograd_product<6, kVectors>;
 #if defined(__AVX512F__)
-        case 7: return winograd_product<7, kVectors>;
-        case 8: return winograd_product<8, kVectors>;
-        case 9: return winograd_product<9, kVectors>;
-        case 10: return winograd_product<10, kVectors>;
-        case 11: return winograd_product<11, kVectors>;
-        case 12: return winograd_product<12, kVectors>;
-        case 13: return winograd_product<13, kVectors>;
+        case 7:
+            return winograd_product<7, kVectors>;
+        case 8:
+            return winograd_product<8, kVectors>;
+        case 9:
+            return winograd_product<9, kVectors>;
+        case 10:
+            return winograd_product<10, kVectors>;
+        case 11:
+            return winograd_product<11, kVectors>;
+        case 12:
+            return winograd_product<12, kVectors>;
+        case 13:
+            return winograd_product<13, kVectors>;
 #endif
-        default: return winograd_product<kWinogradRows, kVectors>;
+        default:
+            return winograd_product<kWinogradRows, kVectors>;
     }
 }
 
@@ -511,9 +525,9 @@ void winograd_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch
     }
 }
 
-constexpr Algorithm kWinograd = {"winograd",           winograd_unsupported, winograd_packed_bytes,
-                                 winograd_pack_items,  winograd_pack,        winograd_items,
-                                 winograd_scratch_bytes, winograd_run,         /*approximate=*/true};
+constexpr Algorithm kWinograd = {"winograd",          winograd_unsupported, winograd_packed_bytes,  winograd_pack_items,
+                                 winograd_pack,       winograd_items,       winograd_scratch_bytes, winograd_run,
+                                 /*approximate=*/true};
 
 }  // namespace
 }  // namespace weighted_conv

@@ -1,8 +1,9 @@
 """The table of backends: who can run an op, in which order they are asked, and why one cannot.
 
-One row per op and backend. ``backend="auto"`` takes the first row, by descending priority, whose ``unsupported`` returns
-``None``; a named backend that cannot run raises :class:`BackendUnavailable` with the reason. Running the ``reference``
-row because nothing faster could is announced once per op (:class:`FallbackWarning`) and counted in ``fallbacks``.
+One row per op and backend. ``backend="auto"`` takes the first row, by descending priority, whose ``unsupported``
+returns ``None``; a named backend that cannot run raises :class:`BackendUnavailable` with the reason. Running the
+``reference`` row because nothing faster could is announced once per op (:class:`FallbackWarning`) and counted in
+``fallbacks``.
 """
 
 import warnings
@@ -27,8 +28,8 @@ class FallbackWarning(UserWarning):
 class Backend:
     """One row: how one backend runs one op.
 
-    ``unsupported(*args)`` gets the op's positional arguments and returns a sentence, or ``None`` when ``run(*args)`` will
-    work. ``measured`` says where the priority comes from.
+    ``unsupported(*args)`` gets the op's positional arguments and returns a sentence, or ``None`` when ``run(*args)``
+    will work. ``measured`` says where the priority comes from.
     """
 
     op: str
@@ -105,7 +106,8 @@ def _note_fallback(op: str, args: tuple) -> None:
     _warned.add(op)
     reasons = "; ".join(f"{name}: {why}" for name, why in verdicts(op, args) if why is not None)
     warnings.warn(
-        f"{op} runs on the reference backend (plain torch), because no compiled backend can take this call ({reasons}). "
+        f"{op} runs on the reference backend (plain torch), because no compiled backend can take this call "
+        f"({reasons}). "
         "This is said once per op.",
         FallbackWarning,
         stacklevel=4,

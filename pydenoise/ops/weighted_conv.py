@@ -11,7 +11,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-
 from pydenoise.ops import registry
 from pydenoise.ops._arguments import check_choice, check_tensor, int_tuple
 from pydenoise.ops.registry import Backend
@@ -29,8 +28,9 @@ _library.define(
     "SymInt[] padding, SymInt[] dilation, SymInt groups, str activation, str algorithm, str backend) -> Tensor"
 )
 _library.define(
-    "weighted_conv_backward(Tensor grad, Tensor input, Tensor weight, Tensor? density, SymInt[] stride, SymInt[] padding, "
-    "SymInt[] dilation, SymInt groups, str algorithm, bool[] mask, str backend) -> (Tensor, Tensor, Tensor)"
+    "weighted_conv_backward(Tensor grad, Tensor input, Tensor weight, Tensor? density, SymInt[] stride, "
+    "SymInt[] padding, SymInt[] dilation, SymInt groups, str algorithm, bool[] mask, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -90,7 +90,8 @@ def weighted_conv2d(
         in input, weight, density, bias and residual. Under autocast, floating arguments are cast as for ``conv2d``.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message names it. BackendUnavailable: ``backend`` cannot run this call.
+        TypeError, ValueError: a bad argument; the message names it.
+        BackendUnavailable: ``backend`` cannot run this call; the message says why.
 
     The Winograd algorithm (3x3, stride 1; relative error up to 2e-5 in float32) is used only when
     ``torch.get_float32_matmul_precision()`` is not "highest".
@@ -149,9 +150,7 @@ def _through_dispatcher(args: tuple, backend: str) -> Tensor:
     *head, activation, algorithm = args
     if activation != "none" and torch.is_grad_enabled():
         residual, head[4] = head[4], None
-        y = reference.activate(
-            torch.ops.pydenoise.weighted_conv(*head, "none", algorithm, backend), activation
-        )
+        y = reference.activate(torch.ops.pydenoise.weighted_conv(*head, "none", algorithm, backend), activation)
         return y if residual is None else y + residual
     return torch.ops.pydenoise.weighted_conv(*head, activation, algorithm, backend)
 
@@ -195,9 +194,7 @@ def prepare(
         check_tensor("residual", residual, like=input)
         shape = (input.shape[0], weight.shape[0], *size)
         if tuple(residual.shape) != shape:
-            raise ValueError(
-                f"residual: expected the output's shape {shape}, got {tuple(residual.shape)}"
-            )
+            raise ValueError(f"residual: expected the output's shape {shape}, got {tuple(residual.shape)}")
     algorithm = _BY_PRECISION if torch.compiler.is_compiling() else _algorithm(_BY_PRECISION)
     return input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm
 
@@ -234,7 +231,8 @@ def _check_shapes(dims, input, weight, density, bias, groups) -> None:
     check_tensor("weight", weight, like=input)
     if weight.dim() != dims + 2 or 0 in weight.shape:
         raise ValueError(
-            f"weight: expected a non-empty [C_out, C_in / groups, *kernel] with {dims} kernel axes, got shape {tuple(weight.shape)}"
+            f"weight: expected a non-empty [C_out, C_in / groups, *kernel] with {dims} kernel axes, "
+            f"got shape {tuple(weight.shape)}"
         )
     if not isinstance(groups, int) or isinstance(groups, bool):
         raise TypeError(f"groups: expected an int, got {type(groups).__name__}")
@@ -270,7 +268,7 @@ def check_finite_density(density: Tensor) -> None:
 def explicit_padding(
     padding: int | str | Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> tuple[int, ...]:
-    """Padding as (low, high) per axis, outermost axis first. "same" puts the odd element at the high end, as torch does."""
+    """Padding as (low, high) per axis, outermost axis first; "same" puts the odd element at the high end, as torch."""
     dims = len(kernel)
     if isinstance(padding, str):
         if padding == "valid":
@@ -359,7 +357,9 @@ def _fake_backward(grad, input, weight, density, stride, padding, dilation, grou
 def _setup_context(ctx, inputs, output):
     input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm, backend = inputs
     if activation != "none":
-        raise RuntimeError("weighted_conv: gradients are defined for activation='none'; call pydenoise.functional instead")
+        raise RuntimeError(
+            "weighted_conv: gradients are defined for activation='none'; call pydenoise.functional instead"
+        )
     ctx.save_for_backward(input, weight, density)
     ctx.geometry = (stride, padding, dilation, groups)
     ctx.algorithm, ctx.backend = algorithm, backend
@@ -383,9 +383,7 @@ def _backward(ctx, grad):
     return dx, dweight, ddensity, dbias, dresidual, None, None, None, None, None, None, None
 
 
-torch.library.register_autograd(
-    "pydenoise::weighted_conv", _backward, setup_context=_setup_context, lib=_library
-)
+torch.library.register_autograd("pydenoise::weighted_conv", _backward, setup_context=_setup_context, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------- backend rows
@@ -393,9 +391,7 @@ torch.library.register_autograd(
 
 
 def _reference_run(input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm):
-    y = reference.weighted_conv(
-        input, weight, density, bias, residual, stride, padding, dilation, groups, activation
-    )
+    y = reference.weighted_conv(input, weight, density, bias, residual, stride, padding, dilation, groups, activation)
     return channels_last(y)
 
 
@@ -453,7 +449,8 @@ def weighted_conv_packed(
             )
     if input.dim() != len(packed.stride) + 2 or input.shape[1] != packed.in_channels:
         raise ValueError(
-            f"input: expected [N, {packed.in_channels}, {'spatial, ' * len(packed.stride)}], got shape {tuple(input.shape)}"
+            f"input: expected [N, {packed.in_channels}, {'spatial, ' * len(packed.stride)}], "
+            f"got shape {tuple(input.shape)}"
         )
     size = output_size(input.shape[2:], packed.kernel_size, packed.stride, padding, packed.dilation)
     if residual is not None and residual.shape != (input.shape[0], packed.out_channels, *size):

@@ -217,7 +217,6 @@ class GraphSurgeon:
                 if name not in _SMALL_TALK:
                     self.kept.append(Kept(node.name, f"{name}()", "the model's own code: runs as it is"))
 
-
     def _keep_entry(self, name: str) -> Kept:
         entry = keep_entry(name, self.modules[name], self.policy)
         entry.reason = self._convs_kept.get(name, entry.reason)

@@ -196,9 +196,7 @@ def main() -> int:
     everything = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     budget = {} if options.write else everything.get(triton.__version__, {})
     chosen = [
-        job
-        for job in jobs()
-        if options.arch in (None, job.arch) and options.kernel in (None, job.variant.kernel)
+        job for job in jobs() if options.arch in (None, job.arch) and options.kernel in (None, job.variant.kernel)
     ]
     start, failed, measured = time.perf_counter(), 0, {}
     print(f"triton {triton.__version__}, {len(chosen)} compilations, budget: {len(budget)} entries")

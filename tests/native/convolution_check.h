@@ -31,7 +31,7 @@ struct Case {
     Side side[3];
     Activation activation = Activation::none;
     bool bias = true, residual = false, density = true, flipped = false;
-    int64_t gap = 0;  // elements between pixels that belong to nobody
+    int64_t gap = 0;                // elements between pixels that belong to nobody
     const char* refused = nullptr;  // the word that the reason must hold, where the algorithm has to say no
 };
 
@@ -73,8 +73,9 @@ struct Problem {
             const int64_t span = s.dilation * (s.kernel - 1) + 1, seen = s.taps < 0 ? s.kernel : s.taps;
             const int64_t out_size = std::max<int64_t>(0, (s.size + 2 * s.padding - span) / s.stride + 1);
             const int64_t offset = s.backward ? s.dilation * (s.kernel - 1) - s.padding : -s.padding;
-            p.axis[i] = {s.size, out_size, in_stride, out_stride, out_stride, s.stride, offset,
-                         s.backward ? -s.dilation : s.dilation, s.kernel, seen, s.tap, s.tap_step};
+            p.axis[i] = {s.size,     out_size, in_stride, out_stride,
+                         out_stride, s.stride, offset,    s.backward ? -s.dilation : s.dilation,
+                         s.kernel,   seen,     s.tap,     s.tap_step};
             in_stride *= s.size, out_stride *= out_size, taps *= s.kernel;
         }
         p.dtype = sizeof(T) == 4 ? DType::float32 : DType::bfloat16;
@@ -82,14 +83,19 @@ struct Problem {
         p.batch = c.batch, p.groups = c.groups, p.in_channels = c.in_channels, p.out_channels = c.out_channels;
         p.in_batch_stride = in_stride, p.out_batch_stride = p.residual_batch_stride = out_stride;
         fill(input, c.batch * in_stride - c.gap, 1.f, generator);
-        fill(weight, filters * c.in_channels * taps, 1.f / std::sqrt(static_cast<float>(taps * c.in_channels)), generator);
+        fill(weight, filters * c.in_channels * taps, 1.f / std::sqrt(static_cast<float>(taps * c.in_channels)),
+             generator);
         fill(density, taps, 1.f, generator);
         fill(bias, filters, 1.f, generator);
         fill(residual, c.batch * out_stride - c.gap, 1.f, generator);
         output.resize(residual.size());
         first_weight = c.flipped ? taps - 1 : 0;
-        view = {weight.data() + first_weight, c.density ? density.data() + first_weight : nullptr,
-                c.out_channels * c.in_channels * taps, c.in_channels * taps, taps, c.flipped ? -1 : 1};
+        view = {weight.data() + first_weight,
+                c.density ? density.data() + first_weight : nullptr,
+                c.out_channels * c.in_channels * taps,
+                c.in_channels * taps,
+                taps,
+                c.flipped ? -1 : 1};
         p.input = input.data(), p.output = output.data();
         p.bias = c.bias ? bias.data() : nullptr;
         p.residual = c.residual ? residual.data() : nullptr;
@@ -107,17 +113,23 @@ struct Problem {
 
 inline double activate_exactly(double x, Activation activation) {
     switch (activation) {
-        case Activation::relu: return x < 0 ? 0 : x;
-        case Activation::silu: return x / (1 + std::exp(-x));
-        case Activation::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
-        default: return x;
+        case Activation::relu:
+            return x < 0 ? 0 : x;
+        case Activation::silu:
+            return x / (1 + std::exp(-x));
+        case Activation::gelu:
+            return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+        case Activation::gelu_tanh:
+            return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+        default:
+            return x;
     }
 }
 
 // The sum at one output element, and the sum of magnitudes that its rounding error scales with.
 template <class T>
-double convolve(const Case& c, const Problem<T>& q, int64_t n, const int64_t (&at)[3], int64_t filter, double* magnitude) {
+double convolve(const Case& c, const Problem<T>& q, int64_t n, const int64_t (&at)[3], int64_t filter,
+                double* magnitude) {
     const ConvParams& p = q.p;
     const Axis *a = &p.axis[0], *b = &p.axis[1], *d = &p.axis[2];
     const int64_t group = filter / p.out_channels, o = filter % p.out_channels;
@@ -130,15 +142,16 @@ double convolve(const Case& c, const Problem<T>& q, int64_t n, const int64_t (&a
                 const int64_t y = at[1] * b->step + b->offset + j * b->offset_step;
                 const int64_t x = at[2] * d->step + d->offset + k * d->offset_step;
                 if (z < 0 || z >= a->in_size || y < 0 || y >= b->in_size || x < 0 || x >= d->in_size) continue;
-                const int64_t tap = ((a->tap + i * a->tap_step) * b->kernel + b->tap + j * b->tap_step) * d->kernel + d->tap +
-                                    k * d->tap_step;
+                const int64_t tap = ((a->tap + i * a->tap_step) * b->kernel + b->tap + j * b->tap_step) * d->kernel +
+                                    d->tap + k * d->tap_step;
                 const int64_t place = q.first_weight + tap * q.view.tap_stride;
                 const double factor = c.density ? value_of(q.density, place) : 1.0;
                 const int64_t from = n * p.in_batch_stride + z * a->in_stride + y * b->in_stride + x * d->in_stride +
                                      group * p.in_channels;
                 const int64_t w = group * q.view.group_stride + o * q.view.out_stride + place;
                 for (int64_t ch = 0; ch < p.in_channels; ++ch) {
-                    const double product = factor * value_of(q.weight, w + ch * q.view.in_stride) * value_of(q.input, from + ch);
+                    const double product =
+                        factor * value_of(q.weight, w + ch * q.view.in_stride) * value_of(q.input, from + ch);
                     sum += product;
                     *magnitude += std::fabs(product);
                 }
@@ -195,7 +208,8 @@ bool passes(const Case& c, const Algorithm& algorithm) {
         return fine;
     }
     q.poison();
-    for (int64_t item = algorithm.pack_items(q.p) - 1; item >= 0; --item) algorithm.pack(q.p, q.view, q.packed, item, item + 1);
+    for (int64_t item = algorithm.pack_items(q.p) - 1; item >= 0; --item)
+        algorithm.pack(q.p, q.view, q.packed, item, item + 1);
     algorithm.run(q.p, 0, algorithm.items(q.p), q.scratch);
     const double ratio = error_ratio(c, q);
     const bool split = split_changes_result(q, algorithm), fine = ratio <= 1 && !split;
@@ -237,7 +251,8 @@ inline void measure(const Algorithm& algorithm, const Case& c, int repeats) {
     double products = static_cast<double>(c.batch * c.groups * c.in_channels * c.out_channels);
     for (const Axis& a : q.p.axis) products *= static_cast<double>(a.taps * a.out_size);
     const double bytes = 4.0 * static_cast<double>(q.input.size() + q.output.size());
-    std::printf("%s: best %.3f ms, %.1f GFLOP/s, %.1f GB/s\n", algorithm.name, best, 2e-6 * products / best, 1e-6 * bytes / best);
+    std::printf("%s: best %.3f ms, %.1f GFLOP/s, %.1f GB/s\n", algorithm.name, best, 2e-6 * products / best,
+                1e-6 * bytes / best);
 }
 
 }  // namespace check

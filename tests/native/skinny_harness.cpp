@@ -3,7 +3,6 @@
 //   ./harness                                   all cases against a double-precision convolution; exit 1 on a failure
 //   ./harness time IN OUT KERNEL SIZE [REPEATS]  best milliseconds of one square image, one thread
 #include "../../csrc/weighted_conv/skinny.inl"
-
 #include "convolution_check.h"
 
 using namespace check;
@@ -12,7 +11,18 @@ namespace {
 
 const Case kIn[] = {
     {"3 to 64", 1, 1, 3, 64, {kFlat, {9, 3, 1, 1}, {33, 3, 1, 1}}, Activation::relu},
-    {"1 to 64, gaps between pixels", 2, 1, 1, 64, {kFlat, {5, 3, 1, 1}, {17, 3, 1, 1}}, Activation::silu, true, true, true, false, 3},
+    {"1 to 64, gaps between pixels",
+     2,
+     1,
+     1,
+     64,
+     {kFlat, {5, 3, 1, 1}, {17, 3, 1, 1}},
+     Activation::silu,
+     true,
+     true,
+     true,
+     false,
+     3},
     {"a block less than full", 1, 1, 3, 37, {kFlat, {6, 3, 1, 1}, {19, 3, 1, 1}}, Activation::gelu, true, true, false},
     {"one channel beyond a block", 1, 1, 2, 33, {kFlat, {6, 3, 1, 1}, {15, 3, 1, 1}}, Activation::gelu_tanh},
     {"4 to 20, 5x7, more padding than half of the row", 1, 1, 4, 20, {kFlat, {4, 5, 1, 2}, {5, 7, 1, 3}}},
@@ -32,12 +42,35 @@ const Case kIn[] = {
     {"1-D", 2, 1, 1, 40, {kFlat, kFlat, {301, 5, 1, 2}}},
     {"3-D", 1, 1, 1, 32, {{4, 3, 1, 1}, {5, 2}, {9, 3, 1, 1}}, Activation::silu, true, true},
     {"no images", 0, 1, 3, 64, {kFlat, {8, 3, 1, 1}, {8, 3, 1, 1}}},
-    {"many channels in", 1, 1, 40, 64, {kFlat, {4, 3, 1, 1}, {4, 3, 1, 1}}, Activation::none, true, false, true, false, 0, "input channels"},
+    {"many channels in",
+     1,
+     1,
+     40,
+     64,
+     {kFlat, {4, 3, 1, 1}, {4, 3, 1, 1}},
+     Activation::none,
+     true,
+     false,
+     true,
+     false,
+     0,
+     "input channels"},
 };
 
 const Case kOut[] = {
     {"64 to 3", 1, 1, 64, 3, {kFlat, {9, 3, 1, 1}, {33, 3, 1, 1}}, Activation::none, true, true},
-    {"64 to 1, gaps between pixels", 2, 1, 64, 1, {kFlat, {5, 3, 1, 1}, {17, 3, 1, 1}}, Activation::silu, true, true, true, false, 3},
+    {"64 to 1, gaps between pixels",
+     2,
+     1,
+     64,
+     1,
+     {kFlat, {5, 3, 1, 1}, {17, 3, 1, 1}},
+     Activation::silu,
+     true,
+     true,
+     true,
+     false,
+     3},
     {"odd channels in", 1, 1, 21, 2, {kFlat, {9, 5, 1, 2}, {10, 5, 1, 2}}, Activation::relu},
     {"4 out, 7x7", 1, 1, 48, 4, {kFlat, {9, 7, 1, 3}, {23, 7, 1, 3}}, Activation::gelu},
     {"more padding than half of the row", 1, 1, 32, 3, {kFlat, {3, 7, 1, 3}, {4, 7, 1, 3}}, Activation::gelu_tanh},
@@ -57,14 +90,28 @@ const Case kOut[] = {
     {"1-D", 2, 1, 64, 1, {kFlat, kFlat, {301, 5, 1, 2}}},
     {"3-D", 1, 1, 32, 1, {{4, 3, 1, 1}, {5, 2}, {9, 3, 1, 1}}, Activation::silu, true, true},
     {"no images", 0, 1, 64, 3, {kFlat, {8, 3, 1, 1}, {8, 3, 1, 1}}},
-    {"many channels out", 1, 1, 40, 64, {kFlat, {4, 3, 1, 1}, {4, 3, 1, 1}}, Activation::none, true, false, true, false, 0, "output channels"},
+    {"many channels out",
+     1,
+     1,
+     40,
+     64,
+     {kFlat, {4, 3, 1, 1}, {4, 3, 1, 1}},
+     Activation::none,
+     true,
+     false,
+     true,
+     false,
+     0,
+     "output channels"},
 };
 
 }  // namespace
 
 int main(int count, char** words) {
     if (count < 6) return failures(kSkinnyIn, kIn) + failures(kSkinnyOut, kOut) != 0;
-    const int64_t in = std::atoll(words[2]), out = std::atoll(words[3]), kernel = std::atoll(words[4]), size = std::atoll(words[5]);
+    const int64_t in = std::atoll(words[2]), out = std::atoll(words[3]), kernel = std::atoll(words[4]),
+                  size = std::atoll(words[5]);
     const Side side = {size, kernel, 1, kernel / 2};
-    measure(in < out ? kSkinnyIn : kSkinnyOut, {"timed", 1, 1, in, out, {kFlat, side, side}}, count > 6 ? std::atoi(words[6]) : 10);
+    measure(in < out ? kSkinnyIn : kSkinnyOut, {"timed", 1, 1, in, out, {kFlat, side, side}},
+            count > 6 ? std::atoi(words[6]) : 10);
 }

@@ -1,4 +1,4 @@
-"""The torch-free harnesses: every CPU algorithm at every ISA level, under sanitizers, and on emulated older processors."""
+"""The torch-free harnesses: CPU algorithms at every ISA level, under sanitizers, and on emulated older processors."""
 
 import os
 import platform

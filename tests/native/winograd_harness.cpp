@@ -82,16 +82,21 @@ void build(const Case& c, Problem& q) {
     p.in_batch_stride = c.height * c.width * in_pixel;
     p.out_batch_stride = p.residual_batch_stride = out_height * out_width * out_pixel;
     p.axis[0] = {1, 1, 0, 0, 0, 1, 0, 1, 1, 1, 0, 1};
-    p.axis[1] = {c.height, out_height, c.width * in_pixel, out_width * out_pixel, out_width * out_pixel, 1, -c.pad, 1,
-                 3, 3, 0, 1};
+    p.axis[1] = {
+        c.height, out_height, c.width * in_pixel, out_width * out_pixel, out_width * out_pixel, 1, -c.pad, 1, 3, 3,
+        0,        1};
     p.axis[2] = {c.width, out_width, in_pixel, out_pixel, out_pixel, 1, -c.pad, 1, 3, 3, 0, 1};
     p.input = q.input.data();
     p.bias = c.bias ? q.bias.data() : nullptr;
     p.residual = c.residual ? q.residual.data() : nullptr;
     p.output = q.output.data();
     const int64_t last = c.flipped ? 8 : 0;
-    q.view = {q.weight.data() + last, c.density ? q.density.data() + last : nullptr, c.out_channels * c.in_channels * 9,
-              c.in_channels * 9, 9, c.flipped ? -1 : 1};
+    q.view = {q.weight.data() + last,
+              c.density ? q.density.data() + last : nullptr,
+              c.out_channels * c.in_channels * 9,
+              c.in_channels * 9,
+              9,
+              c.flipped ? -1 : 1};
     q.packed = aligned(q.packed_store, kWinograd.packed_bytes(p));
     q.scratch = aligned(q.scratch_store, kWinograd.scratch_bytes(p));
     p.packed = q.packed;
@@ -99,11 +104,16 @@ void build(const Case& c, Problem& q) {
 
 double activate_exactly(double x, Activation activation) {
     switch (activation) {
-        case Activation::relu: return x < 0 ? 0 : x;
-        case Activation::silu: return x / (1 + std::exp(-x));
-        case Activation::gelu: return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
-        case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
-        default: return x;
+        case Activation::relu:
+            return x < 0 ? 0 : x;
+        case Activation::silu:
+            return x / (1 + std::exp(-x));
+        case Activation::gelu:
+            return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
+        case Activation::gelu_tanh:
+            return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+        default:
+            return x;
     }
 }
 
@@ -216,9 +226,8 @@ int time_layer(int64_t in, int64_t out, int64_t height, int64_t width, int repea
             body(first, (b + 1) * plan.tiles / plan.blocks - first);
         }
     };
-    measure("input", repeats, gflop, [&] {
-        each_block([&](int64_t first, int64_t count) { winograd_input(q.p, plan, 0, first, count, v); });
-    });
+    measure("input", repeats, gflop,
+            [&] { each_block([&](int64_t first, int64_t count) { winograd_input(q.p, plan, 0, first, count, v); }); });
     measure("products", repeats, gflop, [&] {
         each_block([&](int64_t, int64_t count) {
             for (int64_t column = 0; column < plan.columns; ++column) {

@@ -99,7 +99,9 @@ def _run_backward(grad, input, weight, density, stride, padding, dilation, group
 
 
 ROWS = (
-    Backend("weighted_conv", "cpu", 100, _unsupported, _run, "bench suite weighted_conv, the only compiled CPU backend"),
+    Backend(
+        "weighted_conv", "cpu", 100, _unsupported, _run, "bench suite weighted_conv, the only compiled CPU backend"
+    ),
     Backend(
         "weighted_conv_backward",
         "cpu",
@@ -118,7 +120,8 @@ ROWS = (
 class PackedWeight:
     """``weight * density`` in the layout of one kernel: made once, used for every call of an inference.
 
-    ``algorithm`` is the kernel's name ("direct", "winograd", ...), ``isa`` the level it was packed for. ``data`` is opaque.
+    ``algorithm`` is the kernel's name ("direct", "winograd", ...), ``isa`` the level it was packed for; ``data`` is
+    opaque.
     """
 
     data: Tensor
@@ -176,7 +179,12 @@ def pack(
 
 
 def run_packed(
-    input: Tensor, packed: PackedWeight, bias: Tensor | None, residual: Tensor | None, padding: Sequence[int], activation: str
+    input: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: Sequence[int],
+    activation: str,
 ) -> Tensor:
     """``activation(conv(input, packed) + bias) + residual``, without gradients. ``padding`` is (low, high) per axis."""
     return torch.ops.pydenoise.weighted_conv_cpu_packed.default(

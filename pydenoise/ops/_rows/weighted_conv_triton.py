@@ -68,9 +68,7 @@ def _unsupported(input: Tensor, *args) -> str | None:
 
 
 def _run(input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm) -> Tensor:
-    return _kernels().forward(
-        input, weight, density, bias, residual, stride, padding, dilation, groups, activation
-    )
+    return _kernels().forward(input, weight, density, bias, residual, stride, padding, dilation, groups, activation)
 
 
 def _run_backward(grad, input, weight, density, stride, padding, dilation, groups, algorithm, mask):
