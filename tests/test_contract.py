@@ -320,6 +320,23 @@ def test_memory_arrangements(op, variant, arrangement):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("variant", variants("weighted_conv", "cpu"), ids=str)
+def test_packed_weights(variant, dtype):
+    """The inference path of the modules: the weight packed once, then every case as through the row."""
+    for case in CONV_CASES:
+        args = forward_args(case, dtype, "cpu")
+        skip_unless(variant.row, args)
+        input, weight, density, bias, residual, stride, padding, dilation, groups, activation, algorithm = args
+        with variant.active(), poisoned_memory(), torch.no_grad():
+            packed = weighted_conv.pack(weight, density, stride, dilation, groups, algorithm)
+            if packed is None:
+                continue
+            actual = weighted_conv.weighted_conv_packed(input, packed, bias, residual, padding, activation)
+        oracle, baseline = (reference.weighted_conv(*in_dtype(args, t)[:-1]) for t in (torch.float64, dtype))
+        assert_accurate(actual, oracle, baseline, what=f"{case.name}, {case.why}")
+
+
 CPU_ROWS = [(op, variant) for op, variant in ROWS if variant.row.name == "cpu"]
 
 
