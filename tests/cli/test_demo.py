@@ -23,13 +23,22 @@ def test_demo_writes_table_picture_and_json(cli, weights, tmp_path, monkeypatch)
     target, table = tmp_path / "new" / "denoised.png", tmp_path / "table.json"
     code, out, err = cli("demo", "-o", target, "--rounds", 1, "--weights", weights, "--json", table)
     assert code == 0, err
-    for word in ("chelsea", "coffee", "torch fp32", "pydenoise fp32", "PSNR", "speed-up", "interleaved"):
+    for word in (
+        "chelsea",
+        "coffee",
+        "torch channels_last",
+        "torch contiguous",
+        "pydenoise fp32",
+        "PSNR",
+        "speed-up",
+        "interleaved",
+    ):
         assert word in out
     rows = json.loads(table.read_text())
-    assert len(rows) == 2 * 2 * 4
+    assert len(rows) == 2 * 2 * 5
     for row in rows:
         assert row["milliseconds"] > 0
-        assert row["error"] < (1e-4 if "fp32" in row["runner"] else 0.1)
+        assert row["error"] < (0.1 if "bf16" in row["runner"] else 1e-4)
     width, height = demo.PANEL
     pixels = read_picture(target).pixels
     assert pixels.shape[1] > 4 * width
@@ -47,7 +56,7 @@ def test_demo_cannot_make_its_folder(refused, weights, tmp_path):
 
 def test_a_wrong_result_shows_in_the_error(weights):
     model = load_ffdnet(weights)
-    runners = {"torch fp32": model, "pydenoise fp32": lambda x, sigma: model(x, sigma) + 0.01}
+    runners = {"torch contiguous": model, "pydenoise fp32": lambda x, sigma: model(x, sigma) + 0.01}
     clean = torch.rand(1, 3, 16, 16, dtype=torch.float64)
     with torch.inference_mode():
         rows, images = demo.compare(model, runners, "random", clean, 25, 2)
