@@ -58,13 +58,13 @@ demo: $(STAMPS)/demo $(WEIGHTS)
 # made whatever the first one says, and pytest's closing line comes last.
 test: $(STAMPS)/test $(WEIGHTS)
 	@status=0; \
-	TRITON_INTERPRET=1 $(PYTEST) $(KERNEL_TESTS) || status=$$?; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) $(KERNEL_TESTS) || status=$$?; \
 	$(PYTEST) --ignore=$(KERNEL_TESTS) || status=$$?; \
 	exit $$status
 
 test-slow: $(STAMPS)/test $(WEIGHTS)
 	@status=0; \
-	TRITON_INTERPRET=1 $(PYTEST) -m slow $(KERNEL_TESTS) || status=$$?; \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PYTEST) -m slow $(KERNEL_TESTS) || status=$$?; \
 	test $$status != 5 || status=0; \
 	$(PYTEST) -m slow --ignore=$(KERNEL_TESTS) || status=$$?; \
 	exit $$status

@@ -801,7 +801,11 @@ class Launch:
 
 
 def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch refuses the question once its newer per-backend settings were used: those decide
+        exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "ieee" if exact else "tf32"
 
 
 def _wide(pixels: int, axes: Sequence[Axis]) -> bool:

@@ -237,7 +237,7 @@ class _WeightedConvNd(_ConvNd):
                 return None
             dtype = torch.get_autocast_dtype("cpu")
             input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
-        algorithm = "direct" if torch.get_float32_matmul_precision() == "highest" else "auto"
+        algorithm = op.algorithm_by_precision()
         key = (dtype, algorithm, self.kernel_size, self.stride, padding, self.dilation, self.groups)
         cache = self._cache
         if cache is None or not cache.holds_for(key, weight, density):

@@ -201,9 +201,16 @@ def prepare(
 
 def _algorithm(name: str) -> str:
     """The algorithm the rows are told to use: torch's precision setting decides unless one is named."""
-    if name != _BY_PRECISION:
-        return name
-    return "direct" if torch.get_float32_matmul_precision() == "highest" else "auto"
+    return algorithm_by_precision() if name == _BY_PRECISION else name
+
+
+def algorithm_by_precision() -> str:
+    """ "direct" where torch is told to keep float32 products exact ("highest", the default), else "auto"."""
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch refuses the question once its newer per-backend settings were used: those decide
+        exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return "direct" if exact else "auto"
 
 
 def _hashable(option):
