@@ -215,9 +215,9 @@ def _footnote(rounds: int) -> str:
 
     threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
     return (
-        f"Medians of {rounds} interleaved rounds on {threads}. Speed-up: over the faster of torch's two memory formats in "
-        "float32 (the row with 1.00x), eager. Error: the largest difference of any pixel value (they lie in 0 to 1) from "
-        "the network in float64."
+        f"Medians of {rounds} interleaved rounds on {threads}. Speed-up: over the faster of torch's two memory formats "
+        "in float32 (the row with 1.00x), eager. Error: the largest difference of any pixel value (they lie in 0 to 1) "
+        "from the network in float64."
     )
 
 
