@@ -39,7 +39,10 @@ void depthwise_pack(const ConvParams& p, const WeightView& view, void* packed, i
 }
 
 int64_t depthwise_items(const ConvParams& p) { return p.batch * p.axis[0].out_size * p.axis[1].out_size; }
-int64_t depthwise_scratch_bytes(const ConvParams&) { return 0; }
+int64_t depthwise_scratch_bytes(const ConvParams& p) { return depthwise_width(p) * 4; }  // the bias, float32, padded
+
+// What happens to the sums of a tile, decided once per row: a branch in every tile would send them through memory.
+enum class TileEnd { plain, relu, any };
 
 // What all pixels of one output row share.
 template <class T>
@@ -48,9 +51,11 @@ struct DepthwiseRow {
     int64_t n, row, d, h;  // output row, and the input row of tap 0
     const T* image;
     int64_t width;
+    const float* bias;
     Finish<T> start;
+    TileEnd ending;
 
-    DepthwiseRow(const ConvParams& params, int64_t item) : p(params) {
+    DepthwiseRow(const ConvParams& params, int64_t item, const float* padded_bias) : p(params), bias(padded_bias) {
         const Axis &a = p.axis[0], &b = p.axis[1];
         const int64_t rows = a.out_size * b.out_size;
         n = item / rows;
@@ -60,19 +65,36 @@ struct DepthwiseRow {
         image = static_cast<const T*>(p.input) + n * p.in_batch_stride;
         width = depthwise_width(p);
         start = finish_at<T>(p, n, row, 0, 0, 0);
+        ending = p.residual                         ? TileEnd::any
+                 : p.activation == Activation::none ? TileEnd::plain
+                 : p.activation == Activation::relu ? TileEnd::relu
+                                                    : TileEnd::any;
+    }
+
+    template <int M, TileEnd E>
+    PDN_INLINE void leave(vf (&acc)[M], int64_t column, int64_t channel, int lanes) const {
+        const Finish<T> f = moved(start, column, channel, lanes);
+        if (E == TileEnd::any) {
+            float values[M * kWidth];
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m) store(values + m * kWidth, acc[m]);
+            return finish_values(values, M, 1, f);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) store(f.output + m * f.out_stride, E == TileEnd::relu ? relu(acc[m]) : acc[m]);
     }
 
     // M neighbouring pixels that see all K taps of a row, stride and dilation 1: every input vector is loaded once a
-    // row.
-    template <int M, int K, bool Partial>
+    // row. Pixels lie a whole cache line or more apart, which the processor's own prefetch does not follow: the next
+    // tile's part of the lowest row, the one that no earlier row has read, is asked for by hand.
+    template <int M, int K, bool Partial, TileEnd E>
     void slide(int64_t column, int64_t channel, int lanes) const {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
-        const Finish<T> finish = moved(start, column, channel, lanes);
         const float* packed = static_cast<const float*>(p.packed) + channel;
-        vf acc[M][1];
-        const vf first = bias_vector(finish.bias, lanes);
+        vf acc[M];
+        const vf first = load(bias + channel);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) acc[m][0] = first;
+        for (int m = 0; m < M; ++m) acc[m] = first;
         for (int64_t i = 0; i < a.taps; ++i) {
             const int64_t di = d + i * a.offset_step;
             if (!inside(di, a.in_size)) continue;
@@ -86,36 +108,47 @@ struct DepthwiseRow {
 #pragma GCC unroll 8
                 for (int k = 0; k < K; ++k) weights[k] = load(w + k * width);
 #pragma GCC unroll 24
-                for (int at = 0; at < M + K - 1; ++at) {
-                    const vf value = Partial ? load_partial(x + at * c.in_stride, lanes) : load(x + at * c.in_stride);
+                for (int at = 0; at < M + K - 1; ++at, x += c.in_stride) {
+                    if (at < M && j == b.taps - 1) __builtin_prefetch(x + (M + K - 1) * c.in_stride);
+                    const vf value = Partial ? load_partial(x, lanes) : load(x);
 #pragma GCC unroll 8
                     for (int k = 0; k < K; ++k)
-                        if (at - k >= 0 && at - k < M) acc[at - k][0] += value * weights[k];
+                        if (at - k >= 0 && at - k < M) acc[at - k] += value * weights[k];
                 }
             }
         }
-        finish_tile(acc, finish);
+        if (K == 3) {  // little work per output: the lines to be written hold it up as well
+            const T* next = start.output + (column + M) * start.out_stride + channel;
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m, next += start.out_stride) __builtin_prefetch(next, 1);
+        }
+        leave<M, E>(acc, column, channel, lanes);
+    }
+
+    template <int M, int K, TileEnd E>
+    void slide_channels(int64_t column) const {
+        int64_t channel = 0;
+        for (; channel + kWidth <= p.groups; channel += kWidth) slide<M, K, false, E>(column, channel, kWidth);
+        if (channel < p.groups) slide<M, K, true, TileEnd::any>(column, channel, static_cast<int>(p.groups - channel));
     }
 
     template <int M, int K>
-    void slide_channels(int64_t column) const {
-        for (int64_t channel = 0; channel < p.groups; channel += kWidth) {
-            const int lanes = static_cast<int>(min64(kWidth, p.groups - channel));
-            lanes < kWidth ? slide<M, K, true>(column, channel, lanes) : slide<M, K, false>(column, channel, lanes);
-        }
+    void slide_end(int64_t column) const {
+        if (ending == TileEnd::plain) return slide_channels<M, K, TileEnd::plain>(column);
+        ending == TileEnd::relu ? slide_channels<M, K, TileEnd::relu>(column)
+                                : slide_channels<M, K, TileEnd::any>(column);
     }
 
     // M pixels from `column`; taps [from, to) of the innermost axis lie inside the image for all of them.
-    template <int M, bool Partial>
+    template <int M, bool Partial, TileEnd E>
     void tile(int64_t column, int64_t from, int64_t to, int64_t channel, int lanes) const {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
-        const Finish<T> finish = moved(start, column, channel, lanes);
         const float* packed = static_cast<const float*>(p.packed) + channel;
         const int64_t pixel = c.step * c.in_stride, tap_step = c.offset_step * c.in_stride;
-        vf acc[M][1];
-        const vf first = bias_vector(finish.bias, lanes);
+        vf acc[M];
+        const vf first = load(bias + channel);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) acc[m][0] = first;
+        for (int m = 0; m < M; ++m) acc[m] = first;
         for (int64_t i = 0; i < a.taps; ++i) {
             const int64_t di = d + i * a.offset_step;
             if (!inside(di, a.in_size)) continue;
@@ -130,22 +163,28 @@ struct DepthwiseRow {
                     const vf weight = load(w);
 #pragma GCC unroll 16
                     for (int m = 0; m < M; ++m)
-                        acc[m][0] += weight * (Partial ? load_partial(x + m * pixel, lanes) : load(x + m * pixel));
+                        acc[m] += weight * (Partial ? load_partial(x + m * pixel, lanes) : load(x + m * pixel));
                     x += tap_step;
                     w += c.tap_step * width;
                 }
             }
         }
-        finish_tile(acc, finish);
+        leave<M, E>(acc, column, channel, lanes);
+    }
+
+    template <int M, TileEnd E>
+    void channels_as(int64_t column, int64_t from, int64_t to) const {
+        int64_t channel = 0;
+        for (; channel + kWidth <= p.groups; channel += kWidth) tile<M, false, E>(column, from, to, channel, kWidth);
+        if (channel < p.groups)
+            tile<M, true, TileEnd::any>(column, from, to, channel, static_cast<int>(p.groups - channel));
     }
 
     template <int M>
     void channels(int64_t column, int64_t from, int64_t to) const {
-        for (int64_t channel = 0; channel < p.groups; channel += kWidth) {
-            const int lanes = static_cast<int>(min64(kWidth, p.groups - channel));
-            lanes < kWidth ? tile<M, true>(column, from, to, channel, lanes)
-                           : tile<M, false>(column, from, to, channel, lanes);
-        }
+        if (ending == TileEnd::plain) return channels_as<M, TileEnd::plain>(column, from, to);
+        ending == TileEnd::relu ? channels_as<M, TileEnd::relu>(column, from, to)
+                                : channels_as<M, TileEnd::any>(column, from, to);
     }
 
     // The taps that pixel `column` sees: they are neighbours, whichever way the taps run.
@@ -157,22 +196,22 @@ struct DepthwiseRow {
         while (*to < c.taps && inside(in_position(c, column, *to), c.in_size)) ++*to;
     }
 
-    template <int M>
-    void whole_tile(int64_t column) const {
-        const Axis& c = p.axis[2];
-        if (c.step == 1 && c.offset_step == 1 && c.tap_step == 1 && c.taps == c.kernel) {
-            if (c.taps == 3) return slide_channels<M, 3>(column);
-            if (c.taps == 5) return slide_channels<M, 5>(column);
-            if (c.taps == 7) return slide_channels<M, 7>(column);
-        }
-        channels<M>(column, 0, c.taps);
-    }
-
     // Pixels [begin, end), all of which see every tap. The last tile reaches back over pixels that are done: computing
     // them twice costs less than pixels one by one.
+    template <int M, int K>
+    void slides(int64_t begin, int64_t end) const {
+        for (int64_t column = begin; column < end; column += M) slide_end<M, K>(min64(column, end - M));
+    }
+
     template <int M>
     void whole_tiles(int64_t begin, int64_t end) const {
-        for (int64_t column = begin; column < end; column += M) whole_tile<M>(min64(column, end - M));
+        const Axis& c = p.axis[2];
+        if (c.step == 1 && c.offset_step == 1 && c.tap_step == 1 && c.taps == c.kernel) {
+            if (c.taps == 3) return slides<M, 3>(begin, end);
+            if (c.taps == 5) return slides<M, 5>(begin, end);
+            if (c.taps == 7) return slides<M, 7>(begin, end);
+        }
+        for (int64_t column = begin; column < end; column += M) channels<M>(min64(column, end - M), 0, c.taps);
     }
 
     void run() const {
@@ -201,9 +240,18 @@ struct DepthwiseRow {
     }
 };
 
-void depthwise_run(const ConvParams& p, int64_t begin, int64_t end, void*) {
-    for (int64_t item = begin; item < end; ++item)
-        p.dtype == DType::float32 ? DepthwiseRow<float>(p, item).run() : DepthwiseRow<bf16>(p, item).run();
+template <class T>
+void depthwise_run_as(const ConvParams& p, int64_t begin, int64_t end, float* bias) {
+    const int64_t width = depthwise_width(p);
+    for (int64_t g = 0; g < width; ++g)
+        bias[g] = p.bias && g < p.groups ? widen(static_cast<const T*>(p.bias)[g]) : 0.f;
+    for (int64_t item = begin; item < end; ++item) DepthwiseRow<T>(p, item, bias).run();
+}
+
+void depthwise_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch) {
+    float* bias = static_cast<float*>(scratch);
+    p.dtype == DType::float32 ? depthwise_run_as<float>(p, begin, end, bias)
+                              : depthwise_run_as<bf16>(p, begin, end, bias);
 }
 
 constexpr Algorithm kDepthwise = {"depthwise",    depthwise_unsupported, depthwise_packed_bytes,  depthwise_pack_items,

@@ -19,9 +19,15 @@ PDN_INLINE vf load_lanes(const T* p, int64_t lanes) {
 // The input rows that an output row needs are laid out with their padding, so that tap t of a pixel lies at a fixed
 // offset whatever the border; then one flat loop runs over all taps and channels.
 
-const char* skinny_in_unsupported(const ConvParams& p) {
-    if (p.in_channels > kSkinnyChannels) return "skinny_in: more than 4 input channels per group";
-    return p.out_channels >= kWidth ? nullptr : "skinny_in: fewer output channels than a vector holds";
+// Output vectors of a full block, and pixels of a tile by the vectors of its block: as many accumulators as leave room
+// for the operands.
+constexpr int kSkinnyVectors = kWidth == 16 ? 4 : 2;
+constexpr int64_t kSkinnyLanes = kSkinnyVectors * kWidth;
+constexpr int skinny_tile(int vectors) { return kWidth < 16 ? 6 : vectors == 4 ? 6 : vectors == 3 ? 8 : 14; }
+constexpr int kSkinnyTile = kWidth < 16 ? 6 : 14;  // the largest
+
+PDN_INLINE int skinny_block_width(const ConvParams& p, int64_t block) {
+    return static_cast<int>(min64(kSkinnyLanes, ceil_div(p.out_channels - block * kSkinnyLanes, kWidth) * kWidth));
 }
 
 PDN_INLINE int64_t skinny_steps(const ConvParams& p) {
@@ -33,13 +39,13 @@ struct SkinnyPacking {
     int64_t blocks, taps, group_floats;
 
     explicit SkinnyPacking(const ConvParams& p) {
-        blocks = ceil_div(p.out_channels, kLanes);
+        blocks = ceil_div(p.out_channels, kSkinnyLanes);
         taps = p.axis[0].kernel * p.axis[1].kernel * p.axis[2].kernel;
-        group_floats = ((blocks - 1) * kLanes + block_width(p, blocks - 1)) * taps * p.in_channels;
+        group_floats = ((blocks - 1) * kSkinnyLanes + skinny_block_width(p, blocks - 1)) * taps * p.in_channels;
     }
 
     int64_t block_offset(const ConvParams& p, int64_t group, int64_t block) const {
-        return group * group_floats + block * kLanes * taps * p.in_channels;
+        return group * group_floats + block * kSkinnyLanes * taps * p.in_channels;
     }
 };
 
@@ -51,13 +57,13 @@ void skinny_in_pack_as(const ConvParams& p, const WeightView& view, float* packe
     const SkinnyPacking layout(p);
     for (int64_t item = begin; item < end; ++item) {
         const int64_t group = item / layout.blocks, block = item % layout.blocks;
-        const int width = block_width(p, block);
+        const int width = skinny_block_width(p, block);
         float* out = packed + layout.block_offset(p, group, block);
         for (int64_t tap = 0; tap < layout.taps; ++tap) {
             const float factor = view.density ? widen(static_cast<const T*>(view.density)[tap * view.tap_stride]) : 1.f;
             for (int64_t c = 0; c < p.in_channels; ++c)
                 for (int64_t o = 0; o < width; ++o) {
-                    const int64_t channel = block * kLanes + o;
+                    const int64_t channel = block * kSkinnyLanes + o;
                     const int64_t at = group * view.group_stride + channel * view.out_stride + c * view.in_stride +
                                        tap * view.tap_stride;
                     *out++ = channel < p.out_channels ? widen(static_cast<const T*>(view.weight)[at]) * factor : 0.f;
@@ -72,17 +78,23 @@ void skinny_in_pack(const ConvParams& p, const WeightView& view, void* packed, i
                               : skinny_in_pack_as<bf16>(p, view, out, begin, end);
 }
 
-int64_t skinny_in_items(const ConvParams& p) { return p.batch * p.groups * p.axis[0].out_size * p.axis[1].out_size; }
+// A row is worked on in segments: long ones (sound) are shared by the threads and need no scratch of their length.
+constexpr int64_t kSkinnySegment = 1024;
+PDN_INLINE int64_t skinny_segments(const ConvParams& p) { return ceil_div(p.axis[2].out_size, kSkinnySegment); }
+
+int64_t skinny_in_items(const ConvParams& p) {
+    return p.batch * p.groups * p.axis[0].out_size * p.axis[1].out_size * skinny_segments(p);
+}
 
 // One step of the flat loop: where its input lies from the pixel, and its weights from the block.
 struct SkinnyStep {
     int32_t input, weight;
 };
 
-// Pixels of a padded row: every position that a tap of an output pixel can have.
+// Pixels of a padded row: every position that a tap of one segment's output pixels can have.
 PDN_INLINE int64_t padded_span(const Axis& c) {
     const int64_t reach = (c.taps - 1) * c.offset_step;
-    return (c.out_size - 1) * c.step + (reach < 0 ? -reach : reach) + 1;
+    return (min64(c.out_size, kSkinnySegment) - 1) * c.step + (reach < 0 ? -reach : reach) + 1;
 }
 
 int64_t skinny_in_scratch(const ConvParams& p) {
@@ -91,46 +103,91 @@ int64_t skinny_in_scratch(const ConvParams& p) {
            64;
 }
 
-template <int M, int N, int Stride, class T>
-void skinny_in_tile(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count,
-                    const Finish<T>& f) {
+const char* skinny_in_unsupported(const ConvParams& p) {
+    if (p.in_channels > kSkinnyChannels) return "skinny_in: more than 4 input channels per group";
+    if (p.out_channels < kWidth) return "skinny_in: fewer output channels than a vector holds";
+    if (skinny_steps(p) > (1 << 20) || skinny_in_scratch(p) > (64 << 20))
+        return "skinny_in: too many taps, or too far apart";
+    return nullptr;
+}
+
+// What the tiles of one row and one block share.
+template <class T>
+struct SkinnyInRow {
+    const float* rows;
+    const float* weights;
+    const SkinnyStep* steps;
+    int64_t count, stride;  // steps, floats between pixels
+    float bias[kSkinnyLanes];
+    Finish<T> finish;
+};
+
+template <int M, int N, int Stride, TileEnd E, class T>
+PDN_INLINE void skinny_in_tile(const SkinnyInRow<T>& r, int64_t column, int pixels) {
+    const int64_t stride = Stride ? Stride : r.stride;
+    const float* x = r.rows + column * stride;
     vf acc[M][N];
     for (int j = 0; j < N; ++j) {
-        const vf first = bias_vector(f.bias ? f.bias + j * kWidth : nullptr, f.lanes - j * kWidth);
+        const vf first = load(r.bias + j * kWidth);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) acc[m][j] = first;
     }
-    for (int64_t k = 0; k < count; ++k) {
-        const float* at = x + steps[k].input;
+    for (int64_t k = 0; k < r.count; ++k) {
+        const float* at = x + r.steps[k].input;
+        const float* w = r.weights + r.steps[k].weight * (N * kWidth);
         vf b[N];
-        for (int j = 0; j < N; ++j) b[j] = load(w + steps[k].weight * (N * kWidth) + j * kWidth);
+        for (int j = 0; j < N; ++j) b[j] = load(w + j * kWidth);
 #pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
-            const vf a = splat(at[m * (Stride ? Stride : stride)]);
+            const vf a = splat(at[m * stride]);
             for (int j = 0; j < N; ++j) acc[m][j] += a * b[j];
         }
     }
-    finish_tile(acc, f);
-}
-
-template <int M, int N, class T>
-PDN_INLINE void skinny_in_strides(const float* x, int64_t stride, const float* w, const SkinnyStep* steps,
-                                  int64_t count, const Finish<T>& f) {
-    switch (stride) {  // a stride known when compiling makes every pixel an offset from one register
-        case 1:
-            return skinny_in_tile<M, N, 1, T>(x, stride, w, steps, count, f);
-        case 3:
-            return skinny_in_tile<M, N, 3, T>(x, stride, w, steps, count, f);
-        default:
-            return skinny_in_tile<M, N, 0, T>(x, stride, w, steps, count, f);
+    if (E == TileEnd::any) {
+        float values[M * N * kWidth];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m)
+            for (int j = 0; j < N; ++j) store(values + (m * N + j) * kWidth, acc[m][j]);
+        return finish_values(values, pixels, N, moved(r.finish, column, 0, r.finish.lanes));
     }
+    T* output = r.finish.output + column * r.finish.out_stride;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m, output += r.finish.out_stride)
+        for (int j = 0; j < N; ++j) store(output + j * kWidth, E == TileEnd::relu ? relu(acc[m][j]) : acc[m][j]);
 }
 
-template <int M, class T>
-PDN_INLINE void skinny_in_pixels(const float* x, int64_t stride, const float* w, const SkinnyStep* steps, int64_t count,
-                                 const Finish<T>& f) {
-    f.lanes > kWidth ? skinny_in_strides<M, 2, T>(x, stride, w, steps, count, f)
-                     : skinny_in_strides<M, 1, T>(x, stride, w, steps, count, f);
+// A row whose blocks have N output vectors.
+template <int N, int Stride, TileEnd E, class T>
+void skinny_in_row(const SkinnyInRow<T>& r, int64_t width) {
+    constexpr int kPixels = skinny_tile(N);
+    int64_t column = 0;
+    if (E != TileEnd::any)
+        for (; column + kPixels <= width; column += kPixels)
+            skinny_in_tile<kPixels, N, Stride, E, T>(r, column, kPixels);
+    for (; column < width; column += kPixels)
+        skinny_in_tile<kPixels, N, Stride, TileEnd::any, T>(r, column,
+                                                            static_cast<int>(min64(kPixels, width - column)));
+}
+
+template <int N, int Stride, class T>
+void skinny_in_end(const SkinnyInRow<T>& r, int64_t width) {
+    const int activation = r.finish.activation;
+    if (r.finish.residual || r.finish.lanes < N * kWidth) return skinny_in_row<N, Stride, TileEnd::any, T>(r, width);
+    if (activation == static_cast<int>(Activation::none)) return skinny_in_row<N, Stride, TileEnd::plain, T>(r, width);
+    if (activation == static_cast<int>(Activation::relu)) return skinny_in_row<N, Stride, TileEnd::relu, T>(r, width);
+    skinny_in_row<N, Stride, TileEnd::any, T>(r, width);
+}
+
+template <int N, class T>
+void skinny_in_stride(const SkinnyInRow<T>& r, int64_t width) {
+    switch (r.stride) {  // a stride known when compiling makes every pixel an offset from one register
+        case 1:
+            return skinny_in_end<N, 1, T>(r, width);
+        case 3:
+            return skinny_in_end<N, 3, T>(r, width);
+        default:
+            return skinny_in_end<N, 0, T>(r, width);
+    }
 }
 
 PDN_INLINE void copy_widened(const float* from, float* to, int64_t count) {
@@ -140,12 +197,12 @@ PDN_INLINE void copy_widened(const bf16* from, float* to, int64_t count) {
     for (int64_t i = 0; i < count; ++i) to[i] = widen(from[i]);
 }
 
-// Copy the input rows of one output row into `rows`, zeros where they leave the image.
+// Copy the input rows of an output row, from output `column` on, into `rows`: zeros where they leave the image.
 template <class T>
-void skinny_in_fill(const ConvParams& p, int64_t n, int64_t group, int64_t row, float* rows) {
+void skinny_in_fill(const ConvParams& p, int64_t n, int64_t group, int64_t row, int64_t column, float* rows) {
     const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
     const int64_t span = padded_span(c), reach = (c.taps - 1) * c.offset_step;
-    const int64_t first = c.offset + (reach < 0 ? reach : 0);
+    const int64_t first = column * c.step + c.offset + (reach < 0 ? reach : 0);
     const T* image = static_cast<const T*>(p.input) + n * p.in_batch_stride + group * p.in_channels;
     for (int64_t i = 0; i < a.taps; ++i) {
         const int64_t d = in_position(a, row / b.out_size, i);
@@ -186,26 +243,37 @@ void skinny_in_run_as(const ConvParams& p, int64_t begin, int64_t end, void* scr
                     steps[at].input = static_cast<int32_t>(((i * b.taps + j) * span + column) * p.in_channels + ch);
                     steps[at].weight = static_cast<int32_t>(tap * p.in_channels + ch);
                 }
-    const int64_t image_rows = a.out_size * b.out_size, stride = c.step * p.in_channels;
+    const int64_t segments = skinny_segments(p), image_rows = a.out_size * b.out_size;
+    SkinnyInRow<T> r;
+    r.rows = rows, r.steps = steps, r.count = count, r.stride = c.step * p.in_channels;
     for (int64_t item = begin; item < end; ++item) {
-        const int64_t row = item % image_rows, group = item / image_rows % p.groups, n = item / (image_rows * p.groups);
-        skinny_in_fill<T>(p, n, group, row, rows);
-        const Finish<T> start = finish_at<T>(p, n, row, 0, group * p.out_channels, 0);
-        for (int64_t column = 0; column < c.out_size;) {
-            const int64_t left = c.out_size - column;
-            for (int64_t block = 0; block < layout.blocks; ++block) {
-                const int lanes = static_cast<int>(min64(kLanes, p.out_channels - block * kLanes));
-                const Finish<T> f = moved(start, column, block * kLanes, lanes);
-                const float* w = static_cast<const float*>(p.packed) + layout.block_offset(p, group, block);
-                const float* x = rows + column * stride;
-                if (left >= kTile)
-                    skinny_in_pixels<kTile, T>(x, stride, w, steps, count, f);
-                else if (left >= 4)
-                    skinny_in_pixels<4, T>(x, stride, w, steps, count, f);
-                else
-                    skinny_in_pixels<1, T>(x, stride, w, steps, count, f);
+        const int64_t column = item % segments * kSkinnySegment, outer = item / segments;
+        const int64_t columns = min64(kSkinnySegment, c.out_size - column);
+        const int64_t row = outer % image_rows, group = outer / image_rows % p.groups,
+                      n = outer / (image_rows * p.groups);
+        skinny_in_fill<T>(p, n, group, row, column, rows);
+        const Finish<T> start = finish_at<T>(p, n, row, column, group * p.out_channels, 0);
+        for (int64_t block = 0; block < layout.blocks; ++block) {
+            const int lanes = static_cast<int>(min64(kSkinnyLanes, p.out_channels - block * kSkinnyLanes));
+            r.finish = moved(start, 0, block * kSkinnyLanes, lanes);
+            r.weights = static_cast<const float*>(p.packed) + layout.block_offset(p, group, block);
+            for (int i = 0; i < kSkinnyLanes; ++i)
+                r.bias[i] = r.finish.bias && i < lanes ? widen(r.finish.bias[i]) : 0.f;
+            switch (ceil_div(lanes, kWidth)) {
+                case 1:
+                    skinny_in_stride<1, T>(r, columns);
+                    break;
+                case 2:
+                    skinny_in_stride<2, T>(r, columns);
+                    break;
+#if defined(__AVX512F__)
+                case 3:
+                    skinny_in_stride<3, T>(r, columns);
+                    break;
+#endif
+                default:
+                    skinny_in_stride<kSkinnyVectors, T>(r, columns);
             }
-            column += left >= kTile ? kTile : left >= 4 ? 4 : 1;
         }
     }
 }

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -37,8 +38,23 @@ struct Case {
 
 constexpr Side kFlat = {1, 1};
 
-inline double value_of(const std::vector<float>& data, int64_t at) { return data[static_cast<size_t>(at)]; }
-inline double value_of(const std::vector<bf16>& data, int64_t at) { return from_bf16(data[static_cast<size_t>(at)]); }
+// Memory that begins at a cache line, as a tensor's does, and ends where the tensor ends.
+template <class T>
+struct Aligned {
+    using value_type = T;
+    Aligned() = default;
+    template <class U>
+    Aligned(const Aligned<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
+    void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
+    bool operator==(const Aligned&) const { return true; }
+};
+
+template <class T>
+using Values = std::vector<T, Aligned<T>>;
+
+inline double value_of(const Values<float>& data, int64_t at) { return data[static_cast<size_t>(at)]; }
+inline double value_of(const Values<bf16>& data, int64_t at) { return from_bf16(data[static_cast<size_t>(at)]); }
 inline void put(float& to, float value) { to = value; }
 inline void put(bf16& to, float value) { to = to_bf16(value); }
 
@@ -46,7 +62,7 @@ template <class T>
 struct Problem {
     ConvParams p{};
     WeightView view{};
-    std::vector<T> input, weight, density, bias, residual, output;
+    Values<T> input, weight, density, bias, residual, output;
     std::vector<char> packed_store, scratch_store;
     char *packed = nullptr, *scratch = nullptr;
     int64_t first_weight = 0;
@@ -57,9 +73,9 @@ struct Problem {
     }
 
     // Exactly as long as the tensor: a read past its end is a read past the allocation.
-    static void fill(std::vector<T>& values, int64_t count, float scale, std::mt19937& generator) {
+    static void fill(Values<T>& values, int64_t count, float scale, std::mt19937& generator) {
         std::normal_distribution<float> normal;
-        std::vector<T>(static_cast<size_t>(std::max<int64_t>(count, 0))).swap(values);
+        Values<T>(static_cast<size_t>(std::max<int64_t>(count, 0))).swap(values);
         for (T& value : values) put(value, scale * normal(generator));
     }
 
@@ -188,7 +204,7 @@ double error_ratio(const Case& c, const Problem<T>& q) {
 // Every item on its own, last first: the result may not depend on the split.
 template <class T>
 bool split_changes_result(Problem<T>& q, const Algorithm& algorithm) {
-    const std::vector<T> whole = q.output;
+    const Values<T> whole = q.output;
     q.poison();
     for (int64_t item = algorithm.items(q.p) - 1; item >= 0; --item) {
         std::memset(q.scratch_store.data(), 0x7f, q.scratch_store.size());
