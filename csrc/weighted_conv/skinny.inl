@@ -290,7 +290,44 @@ constexpr Algorithm kSkinnyIn = {"skinny_in",    skinny_in_unsupported, skinny_i
 // Input channels fill the vectors; the sums of a few pixels times all output channels stay in registers, and the lanes
 // are added up at the end.
 
-constexpr int kSkinnyPixels = kWidth == 16 ? 6 : 3;
+// Pixels of a tile, by output channels: as many sums as leave room for the operands, and lanes to add up in whole
+// vectors.
+constexpr int skinny_pixels(int outputs) {
+    if (kWidth == 16) return outputs == 1 ? 16 : outputs == 2 ? 12 : outputs == 3 ? 8 : 6;
+    return outputs == 1 ? 8 : outputs == 2 ? 5 : outputs == 3 ? 4 : 3;
+}
+
+// Without this the compiler loads an operand anew for each of its uses, and loads are what there is too little of.
+PDN_INLINE void in_register(vf& value) {
+#if defined(__SSE2__)
+    asm("" : "+v"(value));
+#endif
+}
+
+// One step of adding up lanes: below, lane l of the result is a[l] + a[l + Distance] where bit Distance of l is clear,
+// and b[l - Distance] + b[l] where it is set.
+template <int Distance>
+PDN_INLINE vf fold(vf a, vf b) {
+    vi low, high;
+    for (int l = 0; l < kWidth; ++l) {
+        low[l] = l & Distance ? kWidth + l - Distance : l;
+        high[l] = l & Distance ? kWidth + l : l + Distance;
+    }
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// Lane l of the result is the sum over the lanes of v[l]; Count vectors, the others count as zero.
+template <int Count, int Distance = kWidth / 2>
+PDN_INLINE vf lane_sums(const vf* v) {
+    if constexpr (Count <= 0) {
+        return vf{};
+    } else if constexpr (Distance == 0) {
+        return v[0];
+    } else {
+        constexpr int kFirst = Count < Distance ? Count : Distance;
+        return fold<Distance>(lane_sums<kFirst, Distance / 2>(v), lane_sums<Count - kFirst, Distance / 2>(v + kFirst));
+    }
+}
 
 const char* skinny_out_unsupported(const ConvParams& p) {
     if (p.out_channels > kSkinnyChannels) return "skinny_out: more than 4 output channels per group";
@@ -333,13 +370,19 @@ void skinny_out_pack(const ConvParams& p, const WeightView& view, void* packed, 
 int64_t skinny_out_items(const ConvParams& p) { return p.batch * p.groups * p.axis[0].out_size * p.axis[1].out_size; }
 int64_t skinny_out_scratch(const ConvParams& p) { return skinny_row(p) * 4 + 64; }
 
+// Out of line, so that not every tile carries the code of every activation.
+__attribute__((noinline)) void activate_all(float* values, int vectors, int activation) {
+    for (int i = 0; i < vectors; ++i) store(values + i * kWidth, activate(load(values + i * kWidth), activation));
+}
+
 template <class T>
 struct SkinnyOutRow {
     const ConvParams& p;
     int64_t n, group, row, lanes_row, taps;
     const T* zeros;
     Finish<T> start;
-    bool rows_adjoin;
+    bool rows_adjoin, dense;
+    float bias[kSkinnyChannels * 16];  // of the outputs of a tile, in their order
 
     SkinnyOutRow(const ConvParams& params, int64_t item, const void* zero_row) : p(params) {
         const int64_t rows = p.axis[0].out_size * p.axis[1].out_size;
@@ -352,6 +395,9 @@ struct SkinnyOutRow {
         start = finish_at<T>(p, n, row, 0, group * p.out_channels, 0);
         const Axis& c = p.axis[2];
         rows_adjoin = c.offset_step * c.in_stride == p.in_channels && c.tap_step == 1 && p.in_channels % kWidth == 0;
+        dense = start.out_stride == p.out_channels && (!start.residual || start.residual_stride == p.out_channels);
+        for (int64_t i = 0; i < kSkinnyChannels * 16; ++i)
+            bias[i] = start.bias ? widen(start.bias[i % p.out_channels]) : 0.f;
     }
 
     // acc += the products of `channels` adjoining input channels of every pixel.
@@ -361,17 +407,43 @@ struct SkinnyOutRow {
         for (int64_t c = 0; c < whole; c += kWidth) {
             vf weight[O];
             for (int o = 0; o < O; ++o) weight[o] = load(w + o * next + c);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int m = 0; m < M; ++m) {
-                const vf value = load(x[m] + c);
+                vf value = load(x[m] + c);
+                if (O > 1) in_register(value);
                 for (int o = 0; o < O; ++o) acc[m][o] += value * weight[o];
             }
         }
         if (whole == channels) return;
         const int tail = static_cast<int>(channels - whole);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m) {
             const vf value = load_partial(x[m] + whole, tail);
+            for (int o = 0; o < O; ++o) acc[m][o] += value * load(w + o * next + whole);
+        }
+    }
+
+    // The same for pixels that lie `pixel` elements apart, all inside the image.
+    template <int M, int O>
+    PDN_INLINE void even_stretch(vf (&acc)[M][O], const T* x, int64_t pixel, const float* w, int64_t channels) const {
+        const int64_t whole = channels / kWidth * kWidth, next = p.axis[2].kernel * lanes_row;
+        for (int64_t c = 0; c < whole; c += kWidth) {
+            vf weight[O];
+            for (int o = 0; o < O; ++o) weight[o] = load(w + o * next + c);
+            const T* at = x + c;
+#pragma GCC unroll 16
+            for (int m = 0; m < M; ++m, at += pixel) {
+                vf value = load(at);
+                if (O > 1) in_register(value);
+                for (int o = 0; o < O; ++o) acc[m][o] += value * weight[o];
+            }
+        }
+        if (whole == channels) return;
+        const int tail = static_cast<int>(channels - whole);
+        const T* at = x + whole;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m, at += pixel) {
+            const vf value = load_partial(at, tail);
             for (int o = 0; o < O; ++o) acc[m][o] += value * load(w + o * next + whole);
         }
     }
@@ -382,7 +454,7 @@ struct SkinnyOutRow {
         const T* image = static_cast<const T*>(p.input) + n * p.in_batch_stride + group * p.in_channels;
         const float* packed = static_cast<const float*>(p.packed) + group * taps * O * lanes_row;
         vf acc[M][O];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int m = 0; m < M; ++m)
             for (int o = 0; o < O; ++o) acc[m][o] = vf{};
         const int64_t first = in_position(c, column, 0), last = in_position(c, column + M - 1, 0);
@@ -398,41 +470,53 @@ struct SkinnyOutRow {
                 const T* from = image + d * a.in_stride + h * b.in_stride;
                 const int64_t outer = (a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step;
                 const float* weights = packed + (outer * O * c.kernel + c.tap) * lanes_row;
-                const T* x[M];
+                const int64_t pixel = c.step * c.in_stride;
                 if (all_inside && rows_adjoin) {  // the taps of a row read adjoining memory: one stretch
-#pragma GCC unroll 8
-                    for (int m = 0; m < M; ++m) x[m] = from + (first + m * c.step) * c.in_stride;
-                    stretch<M, O>(acc, x, weights, c.taps * p.in_channels);
+                    if (j == b.taps - 1) {        // what the next tile is the first to read
+                        const T* ahead = from + (first + (M - 1) * c.step + c.taps) * c.in_stride;
+                        for (int64_t at = 0; at < M * pixel; at += 64 / static_cast<int64_t>(sizeof(T)))
+                            __builtin_prefetch(ahead + at);
+                    }
+                    even_stretch<M, O>(acc, from + first * c.in_stride, pixel, weights, c.taps * p.in_channels);
                     continue;
                 }
                 for (int64_t k = 0; k < c.taps; ++k) {
                     const int64_t at = first + k * c.offset_step;
-#pragma GCC unroll 8
-                    for (int m = 0; m < M; ++m) {
-                        const int64_t w = at + m * c.step;
-                        x[m] = all_inside || inside(w, c.in_size) ? from + w * c.in_stride : zeros;
+                    const float* w = weights + k * c.tap_step * lanes_row;
+                    if (all_inside) {
+                        even_stretch<M, O>(acc, from + at * c.in_stride, pixel, w, p.in_channels);
+                        continue;
                     }
-                    stretch<M, O>(acc, x, weights + k * c.tap_step * lanes_row, p.in_channels);
+                    const T* x[M];
+#pragma GCC unroll 16
+                    for (int m = 0; m < M; ++m) {
+                        const int64_t column_in = at + m * c.step;
+                        x[m] = inside(column_in, c.in_size) ? from + column_in * c.in_stride : zeros;
+                    }
+                    stretch<M, O>(acc, x, w, p.in_channels);
                 }
             }
         }
-        float sums[ceil_lanes(M * O)] = {};
-#pragma GCC unroll 8
-        for (int m = 0; m < M; ++m)
-            for (int o = 0; o < O; ++o) sums[m * O + o] = reduce_add(acc[m][o]);
-        finish<M, O>(sums, column);
+        finish<M, O>(acc, column);
     }
 
-    static constexpr int ceil_lanes(int n) { return (n + kWidth - 1) / kWidth * kWidth; }
-
-    // Few values a pixel: bias, residual and store one by one, the activation for all together.
+    // The sums of all pixels and output channels side by side: bias, activation, residual.
     template <int M, int O>
-    void finish(float (&sums)[ceil_lanes(M * O)], int64_t column) const {
+    PDN_INLINE void finish(const vf (&acc)[M][O], int64_t column) const {
+        constexpr int kCount = M * O, kPadded = (kCount + kWidth - 1) / kWidth * kWidth;
         const Finish<T> f = moved(start, column, 0, O);
-        if (f.bias)
-            for (int m = 0; m < M; ++m)
-                for (int o = 0; o < O; ++o) sums[m * O + o] += widen(f.bias[o]);
-        for (int i = 0; i < ceil_lanes(M * O); i += kWidth) store(sums + i, activate(load(sums + i), f.activation));
+        float sums[kPadded];
+        lane_chunks<kCount>(&acc[0][0], sums);
+        for (int i = 0; i < kPadded; i += kWidth) store(sums + i, load(sums + i) + load(bias + i));
+        if (f.activation != static_cast<int>(Activation::none)) activate_all(sums, kPadded / kWidth, f.activation);
+        if (dense) {
+#pragma GCC unroll 4
+            for (int i = 0; i < kCount; i += kWidth) {
+                const int lanes = kCount - i < kWidth ? kCount - i : kWidth;
+                finish_vector(load(sums + i), f.residual ? f.residual + i : nullptr, f.output + i, lanes);
+            }
+            return;
+        }
         for (int m = 0; m < M; ++m)
             for (int o = 0; o < O; ++o) {
                 const float extra = f.residual ? widen(f.residual[m * f.residual_stride + o]) : 0.f;
@@ -440,24 +524,35 @@ struct SkinnyOutRow {
             }
     }
 
-    template <int M>
-    void pixels(int64_t column) const {
-        switch (p.out_channels) {
-            case 1:
-                return tile<M, 1>(column);
-            case 2:
-                return tile<M, 2>(column);
-            case 3:
-                return tile<M, 3>(column);
-            default:
-                return tile<M, 4>(column);
+    template <int Count>
+    static PDN_INLINE void lane_chunks(const vf* v, float* sums) {
+        store(sums, lane_sums<(Count < kWidth ? Count : kWidth)>(v));
+        if constexpr (Count > kWidth) lane_chunks<Count - kWidth>(v + kWidth, sums + kWidth);
+    }
+
+    // The last tile reaches back over pixels that are done: computing them twice costs less than pixels one by one.
+    template <int O>
+    void columns() const {
+        constexpr int kPixels = skinny_pixels(O);
+        const int64_t width = p.axis[2].out_size;
+        if (width < kPixels) {
+            for (int64_t column = 0; column < width; ++column) tile<1, O>(column);
+            return;
         }
+        for (int64_t column = 0; column < width; column += kPixels) tile<kPixels, O>(min64(column, width - kPixels));
     }
 
     void run() const {
-        int64_t column = 0;
-        for (; column + kSkinnyPixels <= p.axis[2].out_size; column += kSkinnyPixels) pixels<kSkinnyPixels>(column);
-        for (; column < p.axis[2].out_size; ++column) pixels<1>(column);
+        switch (p.out_channels) {
+            case 1:
+                return columns<1>();
+            case 2:
+                return columns<2>();
+            case 3:
+                return columns<3>();
+            default:
+                return columns<4>();
+        }
     }
 };
 
