@@ -13,7 +13,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -139,6 +139,9 @@ if setup_cuda.wanted():
     extensions.insert(0, Extension(CUDA, sources=[*setup_cuda.SOURCES, *setup_cuda.BINDINGS]))
 
 setup(
+    # the Triton files lie in kernels/ and are installed as pydenoise.kernels
+    packages=[*find_packages(include=["pydenoise", "pydenoise.*"]), "pydenoise.kernels"],
+    package_dir={"pydenoise.kernels": "kernels"},
     ext_modules=extensions,
     cmdclass={"build_ext": BuildKernels},
 )
