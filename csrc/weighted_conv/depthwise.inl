@@ -7,7 +7,8 @@ namespace pdn {
 namespace weighted_conv {
 namespace {
 
-constexpr int kDepthwisePixels = kWidth == 16 ? 12 : 6;
+constexpr int kDepthwisePixels = 12;                 // of a tile under any kernel: sums in registers
+constexpr int kSlidePixels = kWidth == 16 ? 12 : 6;  // the same where the weights of a row are in registers too
 
 const char* depthwise_unsupported(const ConvParams& p) {
     return p.in_channels == 1 && p.out_channels == 1 ? nullptr : "depthwise: one channel in and out per group";
@@ -76,7 +77,7 @@ struct DepthwiseRow {
         const Finish<T> f = moved(start, column, channel, lanes);
         if (E == TileEnd::any) {
             float values[M * kWidth];
-#pragma GCC unroll 16
+#pragma GCC unroll 24
             for (int m = 0; m < M; ++m) store(values + m * kWidth, acc[m]);
             return finish_values(values, M, 1, f);
         }
@@ -84,10 +85,11 @@ struct DepthwiseRow {
         for (int m = 0; m < M; ++m) store(f.output + m * f.out_stride, E == TileEnd::relu ? relu(acc[m]) : acc[m]);
     }
 
-    // M neighbouring pixels that see all K taps of a row, stride and dilation 1: every input vector is loaded once a
-    // row. Pixels lie a whole cache line or more apart, which the processor's own prefetch does not follow: the next
-    // tile's part of the lowest row, the one that no earlier row has read, is asked for by hand.
-    template <int M, int K, bool Partial, TileEnd E>
+    // M neighbouring pixels under a kernel of K taps a row, stride and dilation 1: every input vector is loaded once a
+    // row. Border: some taps fall outside the image. Pixels lie a whole cache line or more apart, which the processor's
+    // own prefetch does not follow; where little work hides that, the next tile's part of the lowest row, the one that
+    // no earlier row has read, and the lines to be written are asked for by hand.
+    template <int M, int K, bool Border, bool Partial, TileEnd E>
     void slide(int64_t column, int64_t channel, int lanes) const {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
         const float* packed = static_cast<const float*>(p.packed) + channel;
@@ -109,7 +111,8 @@ struct DepthwiseRow {
                 for (int k = 0; k < K; ++k) weights[k] = load(w + k * width);
 #pragma GCC unroll 24
                 for (int at = 0; at < M + K - 1; ++at, x += c.in_stride) {
-                    if (at < M && j == b.taps - 1) __builtin_prefetch(x + (M + K - 1) * c.in_stride);
+                    if (Border && !inside(column + c.offset + at, c.in_size)) continue;
+                    if (K == 3 && at < M && j == b.taps - 1) __builtin_prefetch(x + (M + K - 1) * c.in_stride);
                     const vf value = Partial ? load_partial(x, lanes) : load(x);
 #pragma GCC unroll 8
                     for (int k = 0; k < K; ++k)
@@ -117,126 +120,108 @@ struct DepthwiseRow {
                 }
             }
         }
-        if (K == 3) {  // little work per output: the lines to be written hold it up as well
+        if (K == 3) {
             const T* next = start.output + (column + M) * start.out_stride + channel;
-#pragma GCC unroll 16
+#pragma GCC unroll 24
             for (int m = 0; m < M; ++m, next += start.out_stride) __builtin_prefetch(next, 1);
         }
         leave<M, E>(acc, column, channel, lanes);
     }
 
-    template <int M, int K, TileEnd E>
+    template <int M, int K, bool Border, TileEnd E>
     void slide_channels(int64_t column) const {
         int64_t channel = 0;
-        for (; channel + kWidth <= p.groups; channel += kWidth) slide<M, K, false, E>(column, channel, kWidth);
-        if (channel < p.groups) slide<M, K, true, TileEnd::any>(column, channel, static_cast<int>(p.groups - channel));
+        for (; channel + kWidth <= p.groups; channel += kWidth) slide<M, K, Border, false, E>(column, channel, kWidth);
+        if (channel < p.groups)
+            slide<M, K, true, true, TileEnd::any>(column, channel, static_cast<int>(p.groups - channel));
     }
 
-    template <int M, int K>
+    template <int M, int K, bool Border>
     void slide_end(int64_t column) const {
-        if (ending == TileEnd::plain) return slide_channels<M, K, TileEnd::plain>(column);
-        ending == TileEnd::relu ? slide_channels<M, K, TileEnd::relu>(column)
-                                : slide_channels<M, K, TileEnd::any>(column);
+        if (ending == TileEnd::plain) return slide_channels<M, K, Border, TileEnd::plain>(column);
+        ending == TileEnd::relu ? slide_channels<M, K, Border, TileEnd::relu>(column)
+                                : slide_channels<M, K, Border, TileEnd::any>(column);
     }
 
-    // M pixels from `column`; taps [from, to) of the innermost axis lie inside the image for all of them.
+    // M neighbouring pixels under any kernel.
     template <int M, bool Partial, TileEnd E>
-    void tile(int64_t column, int64_t from, int64_t to, int64_t channel, int lanes) const {
+    __attribute__((noinline)) void tile(int64_t column, int64_t channel, int lanes) const {
         const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
         const float* packed = static_cast<const float*>(p.packed) + channel;
-        const int64_t pixel = c.step * c.in_stride, tap_step = c.offset_step * c.in_stride;
+        const int64_t pixel = c.step * c.in_stride, first = in_position(c, column, 0), reach = (M - 1) * c.step;
         vf acc[M];
-        const vf first = load(bias + channel);
+        const vf sum = load(bias + channel);
 #pragma GCC unroll 16
-        for (int m = 0; m < M; ++m) acc[m] = first;
+        for (int m = 0; m < M; ++m) acc[m] = sum;
         for (int64_t i = 0; i < a.taps; ++i) {
             const int64_t di = d + i * a.offset_step;
             if (!inside(di, a.in_size)) continue;
             for (int64_t j = 0; j < b.taps; ++j) {
                 const int64_t hj = h + j * b.offset_step;
                 if (!inside(hj, b.in_size)) continue;
-                const T* x = image + di * a.in_stride + hj * b.in_stride + channel +
-                             (in_position(c, column, 0))*c.in_stride + from * tap_step;
-                const int64_t tap = ((a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step) * c.kernel + c.tap;
-                const float* w = packed + (tap + from * c.tap_step) * width;
-                for (int64_t k = from; k < to; ++k) {
+                const T* row_in = image + di * a.in_stride + hj * b.in_stride + channel;
+                const int64_t outer = (a.tap + i * a.tap_step) * b.kernel + b.tap + j * b.tap_step;
+                const float* w = packed + (outer * c.kernel + c.tap) * width;
+                for (int64_t k = 0; k < c.taps; ++k, w += c.tap_step * width) {
+                    const int64_t at = first + k * c.offset_step;
                     const vf weight = load(w);
-#pragma GCC unroll 16
-                    for (int m = 0; m < M; ++m)
-                        acc[m] += weight * (Partial ? load_partial(x + m * pixel, lanes) : load(x + m * pixel));
-                    x += tap_step;
-                    w += c.tap_step * width;
+                    const T* x = row_in + at * c.in_stride;
+                    if (inside(at, c.in_size) && inside(at + reach, c.in_size)) {
+#pragma GCC unroll 24
+                        for (int m = 0; m < M; ++m, x += pixel)
+                            acc[m] += weight * (Partial ? load_partial(x, lanes) : load(x));
+                        continue;
+                    }
+                    if (at + reach < 0 || at >= c.in_size) continue;
+#pragma GCC unroll 24
+                    for (int m = 0; m < M; ++m, x += pixel)
+                        if (inside(at + m * c.step, c.in_size))
+                            acc[m] += weight * (Partial ? load_partial(x, lanes) : load(x));
                 }
             }
         }
         leave<M, E>(acc, column, channel, lanes);
     }
 
-    template <int M, TileEnd E>
-    void channels_as(int64_t column, int64_t from, int64_t to) const {
+    template <int M>
+    void tile_end(int64_t column) const {
         int64_t channel = 0;
-        for (; channel + kWidth <= p.groups; channel += kWidth) tile<M, false, E>(column, from, to, channel, kWidth);
-        if (channel < p.groups)
-            tile<M, true, TileEnd::any>(column, from, to, channel, static_cast<int>(p.groups - channel));
+        for (; channel + kWidth <= p.groups; channel += kWidth)
+            ending == TileEnd::plain ? tile<M, false, TileEnd::plain>(column, channel, kWidth)
+                                     : tile<M, false, TileEnd::any>(column, channel, kWidth);
+        if (channel < p.groups) tile<M, true, TileEnd::any>(column, channel, static_cast<int>(p.groups - channel));
     }
 
-    template <int M>
-    void channels(int64_t column, int64_t from, int64_t to) const {
-        if (ending == TileEnd::plain) return channels_as<M, TileEnd::plain>(column, from, to);
-        ending == TileEnd::relu ? channels_as<M, TileEnd::relu>(column, from, to)
-                                : channels_as<M, TileEnd::any>(column, from, to);
+    template <int K>
+    bool at_border(int64_t column, int64_t pixels) const {
+        const int64_t first = column + p.axis[2].offset;
+        return first < 0 || first + pixels + K - 2 >= p.axis[2].in_size;
     }
 
-    // The taps that pixel `column` sees: they are neighbours, whichever way the taps run.
-    void visible(int64_t column, int64_t* from, int64_t* to) const {
-        const Axis& c = p.axis[2];
-        *from = 0;
-        while (*from < c.taps && !inside(in_position(c, column, *from), c.in_size)) ++*from;
-        *to = *from;
-        while (*to < c.taps && inside(in_position(c, column, *to), c.in_size)) ++*to;
-    }
-
-    // Pixels [begin, end), all of which see every tap. The last tile reaches back over pixels that are done: computing
-    // them twice costs less than pixels one by one.
+    // Tiles of M pixels; K taps a row, or 0: any kernel. The last tile reaches back over pixels that are done:
+    // computing them twice costs less than pixels one by one.
     template <int M, int K>
-    void slides(int64_t begin, int64_t end) const {
-        for (int64_t column = begin; column < end; column += M) slide_end<M, K>(min64(column, end - M));
-    }
-
-    template <int M>
-    void whole_tiles(int64_t begin, int64_t end) const {
-        const Axis& c = p.axis[2];
-        if (c.step == 1 && c.offset_step == 1 && c.tap_step == 1 && c.taps == c.kernel) {
-            if (c.taps == 3) return slides<M, 3>(begin, end);
-            if (c.taps == 5) return slides<M, 5>(begin, end);
-            if (c.taps == 7) return slides<M, 7>(begin, end);
+    void tiles() const {
+        const int64_t size = p.axis[2].out_size;
+        for (int64_t next = 0; next < size; next += M) {
+            const int64_t column = min64(next, size - M);
+            if constexpr (K == 0)
+                tile_end<M>(column);
+            else
+                at_border<K>(column, M) ? slide_end<M, K, true>(column) : slide_end<M, K, false>(column);
         }
-        for (int64_t column = begin; column < end; column += M) channels<M>(min64(column, end - M), 0, c.taps);
     }
 
     void run() const {
         const Axis& c = p.axis[2];
-        int64_t low, high, low_last, high_last;
-        valid_range(c, 0, &low, &high);
-        valid_range(c, max64(0, c.taps - 1), &low_last, &high_last);
-        const int64_t column = min64(max64(low, low_last), c.out_size);
-        const int64_t end = max64(column, min64(high, high_last));
-        single_pixels(0, column);
-        if (end - column >= kDepthwisePixels)
-            whole_tiles<kDepthwisePixels>(column, end);
-        else if (end - column >= 4)
-            whole_tiles<4>(column, end);
-        else
-            single_pixels(column, end);
-        single_pixels(end, c.out_size);
-    }
-
-    void single_pixels(int64_t begin, int64_t end) const {
-        for (int64_t column = begin; column < end; ++column) {
-            int64_t from, to;
-            visible(column, &from, &to);
-            channels<1>(column, from, to);
+        const bool dense = c.step == 1 && c.offset_step == 1 && c.tap_step == 1 && c.taps == c.kernel;
+        if (dense && c.out_size >= kSlidePixels) {
+            if (c.taps == 3) return tiles<kSlidePixels, 3>();
+            if (c.taps == 5) return tiles<kSlidePixels, 5>();
+            if (c.taps == 7) return tiles<kSlidePixels, 7>();
         }
+        if (c.out_size >= kDepthwisePixels) return tiles<kDepthwisePixels, 0>();
+        c.out_size >= 4 ? tiles<4, 0>() : tiles<1, 0>();
     }
 };
 

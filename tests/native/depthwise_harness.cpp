@@ -11,6 +11,7 @@ using namespace check;
 namespace {
 
 const Case kCases[] = {
+    {"cropped: offsets are positive", 1, 16, 1, 1, {kFlat, {9, 3, 1, -1}, {31, 3, 1, -2}}},
     {"3x3, whole vectors", 1, 32, 1, 1, {kFlat, {9, 3, 1, 1}, {33, 3, 1, 1}}, Activation::relu},
     {"3x3, channels not a multiple of the vector width",
      2,

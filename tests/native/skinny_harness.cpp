@@ -10,6 +10,7 @@ using namespace check;
 namespace {
 
 const Case kIn[] = {
+    {"cropped: offsets are positive", 1, 1, 3, 64, {kFlat, {9, 3, 1, -1}, {31, 3, 1, -2}}},
     {"3 to 64", 1, 1, 3, 64, {kFlat, {9, 3, 1, 1}, {33, 3, 1, 1}}, Activation::relu},
     {"1 to 64, gaps between pixels",
      2,
@@ -72,6 +73,7 @@ const Case kIn[] = {
 };
 
 const Case kOut[] = {
+    {"cropped: offsets are positive", 1, 1, 64, 3, {kFlat, {9, 3, 1, -1}, {31, 3, 1, -2}}},
     {"64 to 3", 1, 1, 64, 3, {kFlat, {9, 3, 1, 1}, {33, 3, 1, 1}}, Activation::none, true, true},
     {"64 to 1, gaps between pixels",
      2,
