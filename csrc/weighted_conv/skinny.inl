@@ -257,8 +257,9 @@ void skinny_in_run_as(const ConvParams& p, int64_t begin, int64_t end, void* scr
             const int lanes = static_cast<int>(min64(kSkinnyLanes, p.out_channels - block * kSkinnyLanes));
             r.finish = moved(start, 0, block * kSkinnyLanes, lanes);
             r.weights = static_cast<const float*>(p.packed) + layout.block_offset(p, group, block);
-            for (int i = 0; i < kSkinnyLanes; ++i)
-                r.bias[i] = r.finish.bias && i < lanes ? widen(r.finish.bias[i]) : 0.f;
+            std::memset(r.bias, 0, sizeof r.bias);
+            if (r.finish.bias)
+                for (int i = 0; i < lanes; ++i) r.bias[i] = widen(r.finish.bias[i]);
             switch (ceil_div(lanes, kWidth)) {
                 case 1:
                     skinny_in_stride<1, T>(r, columns);
