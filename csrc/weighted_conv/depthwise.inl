@@ -8,6 +8,7 @@ namespace weighted_conv {
 namespace {
 
 constexpr int kDepthwisePixels = 12;                 // of a tile under any kernel: sums in registers
+constexpr int kPairPixels = 6;                       // of each of two rows at once
 constexpr int kSlidePixels = kWidth == 16 ? 12 : 6;  // the same where the weights of a row are in registers too
 
 const char* depthwise_unsupported(const ConvParams& p) {
@@ -39,7 +40,21 @@ void depthwise_pack(const ConvParams& p, const WeightView& view, void* packed, i
                               : depthwise_pack_as<bf16>(p, view, out, begin, end);
 }
 
-int64_t depthwise_items(const ConvParams& p) { return p.batch * p.axis[0].out_size * p.axis[1].out_size; }
+// Stride and dilation 1, and `kernel` taps, all of them.
+PDN_INLINE bool plain_axis(const Axis& a, int64_t kernel) {
+    return a.step == 1 && a.offset_step == 1 && a.tap_step == 1 && a.taps == kernel && a.kernel == kernel;
+}
+
+// Under a 3x3 kernel two output rows are made at once: each input row is fetched for two of them, not three times.
+PDN_INLINE int64_t depthwise_rows(const ConvParams& p) {
+    const bool pair =
+        kWidth == 16 && plain_axis(p.axis[1], 3) && plain_axis(p.axis[2], 3) && p.axis[2].out_size >= kPairPixels;
+    return pair ? 2 : 1;
+}
+
+int64_t depthwise_items(const ConvParams& p) {
+    return p.batch * p.axis[0].out_size * ceil_div(p.axis[1].out_size, depthwise_rows(p));
+}
 int64_t depthwise_scratch_bytes(const ConvParams& p) { return depthwise_width(p) * 4; }  // the bias, float32, padded
 
 // What happens to the sums of a tile, decided once per row: a branch in every tile would send them through memory.
@@ -49,7 +64,8 @@ enum class TileEnd { plain, relu, any };
 template <class T>
 struct DepthwiseRow {
     const ConvParams& p;
-    int64_t n, row, d, h;  // output row, and the input row of tap 0
+    int64_t n, row, d, h;  // output row (the first of `count`), and the input row of its tap 0
+    int64_t count;
     const T* image;
     int64_t width;
     const float* bias;
@@ -58,11 +74,13 @@ struct DepthwiseRow {
 
     DepthwiseRow(const ConvParams& params, int64_t item, const float* padded_bias) : p(params), bias(padded_bias) {
         const Axis &a = p.axis[0], &b = p.axis[1];
-        const int64_t rows = a.out_size * b.out_size;
-        n = item / rows;
-        row = item % rows;
-        d = in_position(a, row / b.out_size, 0);
-        h = in_position(b, row % b.out_size, 0);
+        const int64_t step = depthwise_rows(p), groups = ceil_div(b.out_size, step);
+        const int64_t od = item / groups % a.out_size, oh = item % groups * step;
+        n = item / (groups * a.out_size);
+        row = od * b.out_size + oh;
+        count = min64(step, b.out_size - oh);
+        d = in_position(a, od, 0);
+        h = in_position(b, oh, 0);
         image = static_cast<const T*>(p.input) + n * p.in_batch_stride;
         width = depthwise_width(p);
         start = finish_at<T>(p, n, row, 0, 0, 0);
@@ -73,8 +91,10 @@ struct DepthwiseRow {
     }
 
     template <int M, TileEnd E>
-    PDN_INLINE void leave(vf (&acc)[M], int64_t column, int64_t channel, int lanes) const {
-        const Finish<T> f = moved(start, column, channel, lanes);
+    PDN_INLINE void leave(vf (&acc)[M], int64_t column, int64_t channel, int lanes, int64_t below = 0) const {
+        Finish<T> f = moved(start, column, channel, lanes);
+        f.output += below * p.axis[1].out_stride;
+        if (f.residual) f.residual += below * p.axis[1].residual_stride;
         if (E == TileEnd::any) {
             float values[M * kWidth];
 #pragma GCC unroll 24
@@ -126,6 +146,75 @@ struct DepthwiseRow {
             for (int m = 0; m < M; ++m, next += start.out_stride) __builtin_prefetch(next, 1);
         }
         leave<M, E>(acc, column, channel, lanes);
+    }
+
+    // M neighbouring pixels of two rows under a 3x3 kernel, stride and dilation 1.
+    template <int M, bool Border, bool Partial, TileEnd E>
+    void slide_pair(int64_t column, int64_t channel, int lanes) const {
+        const Axis &a = p.axis[0], &c = p.axis[2];
+        vf acc[2][M];
+        const vf first = load(bias + channel);
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m) acc[0][m] = acc[1][m] = first;
+        for (int64_t i = 0; i < a.taps; ++i) {
+            const int64_t di = d + i * a.offset_step;
+            if (!inside(di, a.in_size)) continue;
+            const float* w = static_cast<const float*>(p.packed) + channel + (a.tap + i * a.tap_step) * 9 * width;
+            vf weights[9];
+#pragma GCC unroll 9
+            for (int k = 0; k < 9; ++k) weights[k] = load(w + k * width);
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                if (!inside(h + r, p.axis[1].in_size)) continue;
+                const T* x = image + di * a.in_stride + (h + r) * p.axis[1].in_stride + channel +
+                             (column + c.offset) * c.in_stride;
+#pragma GCC unroll 24
+                for (int at = 0; at < M + 2; ++at, x += c.in_stride) {
+                    if (Border && !inside(column + c.offset + at, c.in_size)) continue;
+                    if (r >= 2 && at < M) __builtin_prefetch(x + (M + 2) * c.in_stride);
+                    const vf value = Partial ? load_partial(x, lanes) : load(x);
+#pragma GCC unroll 2
+                    for (int q = 0; q < 2; ++q)
+#pragma GCC unroll 3
+                        for (int k = 0; k < 3; ++k)
+                            if (r - q >= 0 && r - q < 3 && at - k >= 0 && at - k < M)
+                                acc[q][at - k] += value * weights[(r - q) * 3 + k];
+                }
+            }
+        }
+        const T* next = start.output + (column + M) * start.out_stride + channel;
+#pragma GCC unroll 16
+        for (int m = 0; m < M; ++m, next += start.out_stride) {
+            __builtin_prefetch(next, 1);
+            __builtin_prefetch(next + p.axis[1].out_stride, 1);
+        }
+        leave<M, E>(acc[0], column, channel, lanes);
+        leave<M, E>(acc[1], column, channel, lanes, 1);
+    }
+
+    template <int M, bool Border, TileEnd E>
+    void pair_channels(int64_t column) const {
+        int64_t channel = 0;
+        for (; channel + kWidth <= p.groups; channel += kWidth)
+            slide_pair<M, Border, false, E>(column, channel, kWidth);
+        if (channel < p.groups)
+            slide_pair<M, true, true, TileEnd::any>(column, channel, static_cast<int>(p.groups - channel));
+    }
+
+    template <int M>
+    void pairs() const {
+        const int64_t size = p.axis[2].out_size;
+        for (int64_t next = 0; next < size; next += M) {
+            const int64_t column = min64(next, size - M);
+            at_border<3>(column, M) ? pair_end<M, true>(column) : pair_end<M, false>(column);
+        }
+    }
+
+    template <int M, bool Border>
+    void pair_end(int64_t column) const {
+        if (ending == TileEnd::plain) return pair_channels<M, Border, TileEnd::plain>(column);
+        ending == TileEnd::relu ? pair_channels<M, Border, TileEnd::relu>(column)
+                                : pair_channels<M, Border, TileEnd::any>(column);
     }
 
     template <int M, int K, bool Border, TileEnd E>
@@ -214,6 +303,9 @@ struct DepthwiseRow {
 
     void run() const {
         const Axis& c = p.axis[2];
+        if constexpr (kWidth == 16) {
+            if (count == 2) return pairs<kPairPixels>();
+        }
         const bool dense = c.step == 1 && c.offset_step == 1 && c.tap_step == 1 && c.taps == c.kernel;
         if (dense && c.out_size >= kSlidePixels) {
             if (c.taps == 3) return tiles<kSlidePixels, 3>();

@@ -11,6 +11,16 @@ using namespace check;
 namespace {
 
 const Case kCases[] = {
+    {"3x3, an even number of rows, residual",
+     2,
+     48,
+     1,
+     1,
+     {kFlat, {8, 3, 1, 1}, {20, 3, 1, 1}},
+     Activation::relu,
+     true,
+     true},
+    {"3x3x3", 1, 19, 1, 1, {{3, 3, 1, 1}, {5, 3, 1, 1}, {9, 3, 1, 1}}, Activation::relu},
     {"cropped: offsets are positive", 1, 16, 1, 1, {kFlat, {9, 3, 1, -1}, {31, 3, 1, -2}}},
     {"3x3, whole vectors", 1, 32, 1, 1, {kFlat, {9, 3, 1, 1}, {33, 3, 1, 1}}, Activation::relu},
     {"3x3, channels not a multiple of the vector width",
