@@ -107,7 +107,7 @@ struct GradLayout {
         chunk_floats = p.groups * group_floats;
         rows = p.batch * p.axis[0].out_size * p.axis[1].out_size;
         const int64_t tasks = p.groups * blocks * outer_taps;
-        const int64_t wanted = max64(1, ceil_div(96, tasks));
+        const int64_t wanted = max64(1, ceil_div(48, tasks));
         const int64_t pixels_each = 256;  // a chunk with less work than this costs more to add up than to compute
         const int64_t affordable = max64(1, rows * p.axis[2].out_size / pixels_each);
         chunks = max64(1, min64(min64(wanted, affordable), rows));
