@@ -5,6 +5,7 @@
 """
 
 import math
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -264,12 +265,21 @@ def _check_shapes(dims, input, weight, density, bias, groups) -> None:
             raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
+_last_finite: tuple = (lambda: None, -1)  # a reference to the density that was found finite last, and its version
+
+
 def check_finite_density(density: Tensor) -> None:
     """Raise ``ValueError`` if any entry of ``density`` is NaN or infinite (waits for the device that holds it)."""
+    global _last_finite
+    version = -1 if density.is_inference() else density._version  # inference tensors count no versions
+    known, known_version = _last_finite
+    if known() is density and version == known_version and version >= 0:
+        return
     plain = density.detach()
     # a finite sum means finite entries, and costs a third of the exact test; an infinite one may be an overflow
     if not math.isfinite(plain.sum().item()) and not torch.isfinite(plain).all():
         raise ValueError("density: every entry must be finite, got NaN or infinity")
+    _last_finite = (weakref.ref(density), version)
 
 
 def explicit_padding(

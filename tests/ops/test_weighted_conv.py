@@ -235,3 +235,12 @@ def test_packed_weight_gives_the_same_values_and_checks_its_input():
     for message, (error, position, value) in bad.items():
         with pytest.raises(error, match=message):
             op.weighted_conv_packed(*good[:position], value, *good[position + 1 :])
+
+
+def test_a_density_that_was_finite_is_looked_at_again_after_it_changed():
+    x, weight, density = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3), torch.ones(3, 3)
+    for _ in range(2):
+        PF.weighted_conv2d(x, weight, density)
+    density[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="density: every entry must be finite"):
+        PF.weighted_conv2d(x, weight, density)
