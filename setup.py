@@ -22,16 +22,24 @@ sys.path.insert(0, str(ROOT))  # under pip's isolation the project's folder is n
 import setup_cuda  # noqa: E402
 
 # Adding an ISA level: a row here, one in csrc/core/isa.{h,cpp}, one in each dispatch.cpp.
-AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS |= {
-        "avx2": ["-mavx2", "-mfma"],
+        "avx2": AVX2,
+        "avx2vnni": [*AVX2, "-mavxvnni"],
         "avx512": AVX512,
-        "avx512bf16": [*AVX512, "-mavx512bf16"],
+        "avx512vnni": [*AVX512, "-mavx512vnni"],
+        "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
     }
 
-PER_ISA_SOURCES = ["csrc/weighted_conv/cpu.cpp", "csrc/core/peaks_isa.cpp"]
+# The levels a source is compiled for; in its dispatch table, the others point at the next lower one.
+FLOAT_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
+PER_ISA_SOURCES = {
+    "csrc/weighted_conv/cpu.cpp": FLOAT_LEVELS,
+    "csrc/core/peaks_isa.cpp": FLOAT_LEVELS,
+}
 SOURCES = [
     "csrc/core/isa.cpp",
     "csrc/core/threads.cpp",
@@ -102,10 +110,11 @@ class BuildKernels(build_ext):
             f"-isystem{torch / 'include' / 'torch' / 'csrc' / 'api' / 'include'}",
         ]
         jobs = []
-        for source in PER_ISA_SOURCES:
-            for isa, flags in ISA_FLAGS.items():
+        for source, levels in PER_ISA_SOURCES.items():
+            for isa in (level for level in levels if level in ISA_FLAGS):
                 target = objects / f"{source.replace('/', '_')}.{isa}.o"
-                jobs.append((target, [*FLAGS, *KERNEL_FLAGS, *flags, *sanitize, f"-DPDN_ISA={isa}", source]))
+                flags = [*KERNEL_FLAGS, *ISA_FLAGS[isa], *sanitize]
+                jobs.append((target, [*FLAGS, *flags, f"-DPDN_ISA={isa}", source]))
         for source in SOURCES:
             target = objects / f"{source.replace('/', '_')}.o"
             info = f'-DPDN_BUILD_FLAGS="{" ".join([*FLAGS, *KERNEL_FLAGS, *sanitize])}"'

@@ -82,4 +82,4 @@ def test_built_but_failed_to_load(copy_without_libraries):
 def test_a_word_that_is_no_isa_level():
     done = run("import torch, pydenoise.functional as PF\n" + CALL + "PF.weighted_conv2d(x, w, None, backend='cpu')",
                PYDENOISE_ISA="avx9000")  # fmt: skip
-    assert "PYDENOISE_ISA: expected one of baseline, avx2, avx512, avx512bf16" in done.stderr
+    assert "PYDENOISE_ISA: expected one of baseline, avx2, avx2vnni, avx512, avx512vnni, avx512bf16" in done.stderr

@@ -37,15 +37,16 @@ void torch_parallel_for(int64_t count, int64_t grain, pdn::RangeBody body, void*
 
 std::vector<std::string> isa_levels() {
     std::vector<std::string> names;
-    for (int i = 0; i <= static_cast<int>(pdn::detected_isa()); ++i)
-        names.push_back(pdn::isa_name(static_cast<pdn::Isa>(i)));
+    for (int i = 0; i < pdn::kIsaCount; ++i)
+        if (pdn::isa_available(static_cast<pdn::Isa>(i))) names.push_back(pdn::isa_name(static_cast<pdn::Isa>(i)));
     return names;
 }
 
 py::list variants() {
     py::list rows;
-    for (int level = 0; level <= static_cast<int>(pdn::detected_isa()); ++level) {
+    for (int level = 0; level < pdn::kIsaCount; ++level) {
         const auto isa = static_cast<pdn::Isa>(level);
+        if (!pdn::isa_available(isa)) continue;
         const auto& set = pdn::weighted_conv::kernel_set(isa);
         for (int i = 0; i < set.algorithm_count; ++i)
             rows.append(py::make_tuple("weighted_conv", pdn::isa_name(isa), set.algorithms[i].name));
@@ -81,6 +82,9 @@ PYBIND11_MODULE(_C, m) {
                 throw py::value_error("name: expected one of the ISA levels, got '" + name + "'");
         },
         py::arg("name"), "Lower the ISA level in use; a level above the detected one means the detected one.");
+    m.def(
+        "isa_name", [](int level) { return std::string(pdn::isa_name(static_cast<pdn::Isa>(level))); },
+        py::arg("level"), "Name of a level's number, as packed weights hold it.");
     m.def("isa_environment_error", [] {
         const char* error = pdn::isa_environment_error();
         return error ? py::object(py::str(error)) : py::object(py::none());

@@ -117,7 +117,7 @@ Tensor empty_bytes(int64_t bytes) {
 }
 
 Isa isa_of(int64_t level) {
-    STD_TORCH_CHECK(level >= 0 && level <= static_cast<int64_t>(detected_isa()),
+    STD_TORCH_CHECK(level >= 0 && level < kIsaCount && isa_available(static_cast<Isa>(level)),
                     "packed weights are of an ISA level this processor lacks");
     return static_cast<Isa>(level);
 }

@@ -25,7 +25,9 @@ const Bursts* const kBursts[kIsaCount] = {
     &bursts_baseline,
 #if defined(__x86_64__)
     &bursts_avx2,
+    &bursts_avx2,  // avx2vnni: nothing more for floats
     &bursts_avx512,
+    &bursts_avx512,  // avx512vnni
     &bursts_avx512bf16,
 #endif
 };

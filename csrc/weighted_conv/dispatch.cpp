@@ -20,7 +20,9 @@ const KernelSet* const kSets[kIsaCount] = {
     &kernels_baseline,
 #if defined(__x86_64__)
     &kernels_avx2,
+    &kernels_avx2,  // avx2vnni: nothing more for floats
     &kernels_avx512,
+    &kernels_avx512,  // avx512vnni
     &kernels_avx512bf16,
 #endif
 };

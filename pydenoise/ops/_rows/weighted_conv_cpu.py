@@ -162,7 +162,7 @@ def pack(
     if kind[1] < 0:
         return None
     module = _native.extension().module
-    isa = module.isa_levels()[kind[0]]
+    isa = module.isa_name(kind[0])
     return PackedWeight(
         data,
         list(kind),
