@@ -13,7 +13,10 @@ PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
 STAMPS := $(VENV)/.stamps
 BUILD_INPUTS := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.toml constraints.txt
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
-WEIGHTS := $(PYDENOISE_CACHE)/ffdnet_color.pth
+FFDNET := $(PYDENOISE_CACHE)/ffdnet_color.pth
+CUNET := $(PYDENOISE_CACHE)/cunet/noise3_model.bin
+TERRAIN := $(PYDENOISE_CACHE)/terrain_consistency_unet.onnx
+WEIGHTS := $(FFDNET) $(CUNET) $(TERRAIN)
 KERNEL_TESTS := tests/kernels
 
 .PHONY: help setup demo test test-slow bench lint format clean
@@ -48,10 +51,13 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/built
 	@$(PIP) "pydenoise[$*]"
 	@touch $@
 
+$(FFDNET): MODEL := ffdnet
+$(CUNET): MODEL := cunet
+$(TERRAIN): MODEL := terrain
 $(WEIGHTS): | $(STAMPS)/built
-	@$(RUN) -m pydenoise weights ffdnet
+	@$(RUN) -m pydenoise weights $(MODEL)
 
-demo: $(STAMPS)/demo $(WEIGHTS)
+demo: $(STAMPS)/demo $(FFDNET)
 	@$(RUN) -m pydenoise demo
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so the kernels have a process of their own. Both runs are

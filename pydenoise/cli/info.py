@@ -44,10 +44,10 @@ def gather() -> dict:
     import pydenoise
     from pydenoise._native import cuda_extension, extension
     from pydenoise.benchmarks.machine import cpu_model, version
-    from pydenoise.models.weights import FFDNET_FILE, cache_directory
+    from pydenoise.models.weights import PACKAGES
 
     packages = ("numpy", "triton", "rich", "Pillow", "tifffile", "imagecodecs", "scikit-image", "matplotlib")
-    weights = cache_directory() / FFDNET_FILE
+    weights = {name: str(p.location()) if p.is_cached() else None for name, p in PACKAGES.items()}
     return {
         "versions": {
             "pydenoise": pydenoise.__version__,
@@ -71,7 +71,7 @@ def gather() -> dict:
             "gpu_usable": torch.cuda.is_available(),
         },
         "backends": _backends(),
-        "weights": {"ffdnet": str(weights) if weights.is_file() else None},
+        "weights": weights,
     }
 
 
@@ -175,7 +175,9 @@ def _print_tables(facts: dict) -> None:
     section("Versions", {name: text or "not installed" for name, text in facts["versions"].items()})
     section("Machine", _machine_rows(facts["machine"]))
     section("Compiled libraries", _library_rows(facts))
-    section("Weights", {"ffdnet": facts["weights"]["ffdnet"] or "not fetched: pydenoise weights ffdnet"})
+    section(
+        "Weights", {name: path or f"not fetched: pydenoise weights {name}" for name, path in facts["weights"].items()}
+    )
     console.print(_backend_table(facts["backends"]))
 
 

