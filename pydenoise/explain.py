@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydenoise.ops import registry, weighted_conv
+from pydenoise.ops import int8_conv2d, int8_linear, norm_quantize, quantize, registry, weighted_conv
 
 
 @dataclass(frozen=True)
@@ -24,18 +24,27 @@ class Explanation:
         return "\n".join(lines)
 
 
-def _explain_conv(dims: int) -> Callable[..., Explanation]:
-    def explain_call(input, weight, density, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation="none",
-                     residual=None) -> Explanation:  # fmt: skip
-        args = weighted_conv.prepare(
+def _weighted_conv(dims: int) -> Callable[..., tuple]:
+    def prepare(input, weight, density, bias=None, stride=1, padding=0, dilation=1, groups=1, *, activation="none",
+                residual=None) -> tuple:  # fmt: skip
+        return weighted_conv.prepare(
             dims, input, weight, density, bias, residual, stride, padding, dilation, groups, activation
         )
-        return Explanation(f"weighted_conv{dims}d", tuple(registry.verdicts(weighted_conv.OP, args)))
 
-    return explain_call
+    return prepare
 
 
-_EXPLAINERS = {f"weighted_conv{dims}d": _explain_conv(dims) for dims in (1, 2, 3)}
+# Name in pydenoise.functional: (op, what checks a call and makes the rows' arguments of it).
+_CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
+    **{f"weighted_conv{dims}d": (weighted_conv.OP, _weighted_conv(dims)) for dims in (1, 2, 3)},
+    "quantize": (quantize.QUANTIZE, quantize.prepare),
+    "quantize_dynamic": (quantize.DYNAMIC, quantize.prepare_dynamic),
+    "dequantize": (quantize.DEQUANTIZE, quantize.prepare_dequantize),
+    "group_norm_silu_quantize": (norm_quantize.GROUP_NORM, norm_quantize.prepare_group_norm),
+    "layer_norm_quantize": (norm_quantize.LAYER_NORM, norm_quantize.prepare_layer_norm),
+    "int8_conv2d": (int8_conv2d.OP, int8_conv2d.prepare),
+    "int8_linear": (int8_linear.OP, int8_linear.prepare),
+}
 
 
 def explain(op: str, *args, **kwargs) -> Explanation:
@@ -44,8 +53,9 @@ def explain(op: str, *args, **kwargs) -> Explanation:
     Returns the :class:`Explanation` it prints. Raises what the call itself would raise for bad arguments, and
     ``ValueError`` for an unknown op.
     """
-    if op not in _EXPLAINERS:
-        raise ValueError(f"op: expected one of {', '.join(_EXPLAINERS)}, got {op!r}")
-    explanation = _EXPLAINERS[op](*args, **kwargs)
+    if op not in _CALLS:
+        raise ValueError(f"op: expected one of {', '.join(_CALLS)}, got {op!r}")
+    name, prepare = _CALLS[op]
+    explanation = Explanation(op, tuple(registry.verdicts(name, prepare(*args, **kwargs))))
     print(explanation)
     return explanation

@@ -1,0 +1,3 @@
+"""CUDA C++ rows of ``int8_conv2d``."""
+
+ROWS = ()

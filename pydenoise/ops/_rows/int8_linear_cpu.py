@@ -1,0 +1,3 @@
+"""CPU rows of ``int8_linear``."""
+
+ROWS = ()

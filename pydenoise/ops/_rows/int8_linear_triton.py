@@ -1,0 +1,3 @@
+"""Triton rows of ``int8_linear``."""
+
+ROWS = ()

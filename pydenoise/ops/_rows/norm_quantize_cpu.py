@@ -1,0 +1,3 @@
+"""CPU rows of ``norm_quantize``."""
+
+ROWS = ()

@@ -1,0 +1,3 @@
+"""Triton rows of ``norm_quantize``."""
+
+ROWS = ()

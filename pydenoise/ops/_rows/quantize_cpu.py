@@ -1,0 +1,3 @@
+"""CPU rows of ``quantize``."""
+
+ROWS = ()

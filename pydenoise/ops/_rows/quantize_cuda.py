@@ -1,0 +1,3 @@
+"""CUDA C++ rows of ``quantize``."""
+
+ROWS = ()

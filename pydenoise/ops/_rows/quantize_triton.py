@@ -1,0 +1,3 @@
+"""Triton rows of ``quantize``."""
+
+ROWS = ()
