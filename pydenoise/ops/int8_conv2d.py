@@ -194,7 +194,8 @@ def _run(*args):
 
 @torch.library.register_fake("pydenoise::int8_conv2d", lib=_library)
 def _fake(input, weight, input_scale, weight_scale, input_zero_point, bias, stride, padding, dilation, groups,
-          channel_bias, film, residual, activation, out_dtype, out_scale, out_zero_point, upsample, backend):  # fmt: skip
+          channel_bias, film, residual, activation, out_dtype, out_scale, out_zero_point, upsample,
+          backend):  # fmt: skip
     size = [
         (n * upsample + padding[2 * i] + padding[2 * i + 1] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i]
         + 1

@@ -61,8 +61,8 @@ def group_norm_silu_quantize(
         backend: "auto" or one of "cpu", "triton", "cuda", "reference".
 
     Returns:
-        torch.int8 [N, C, H, W] in channels_last memory; where ``scale`` is ``None``, (codes, scale [N, 1, H, W] float32,
-        zero_point int32). Statistics are float32; codes are within 1 of those of exact arithmetic. No gradients.
+        torch.int8 [N, C, H, W] in channels_last memory; where ``scale`` is ``None``, (codes, scale [N, 1, H, W]
+        float32, zero_point int32). Statistics are float32; codes are within 1 of those of exact arithmetic. No gradients.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it.

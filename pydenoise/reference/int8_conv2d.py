@@ -82,7 +82,7 @@ def int8_conv2d(
     out_zero_point: Tensor | None,
     upsample: int,
 ) -> Tensor:
-    """The op; ``padding`` is (top, bottom, left, right), scales and zero points are tensors (``None``: zero point 0)."""
+    """The op; ``padding`` is (top, bottom, left, right), scales are tensors, and a zero point ``None`` is 0."""
     per_pixel = input_scale.dim() > 0
     geometry = (stride, padding, dilation, groups, upsample)
     acc = accumulate(input, weight, input_zero_point, *geometry, input_scale.double() if per_pixel else None)

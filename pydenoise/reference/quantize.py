@@ -1,4 +1,4 @@
-"""Quantization to int8 and back in plain torch, exact: the oracle of ``quantize``, ``quantize_dynamic``, ``dequantize``.
+"""Quantization to int8 and back in plain torch, exact: the oracle of the ops of the same names.
 
 Rules (specification of the int8 blocks): true division, round half to even, clamp to -127..127 where symmetric and to
 -128..127 where affine. Computed in float64 for float64 inputs, else in float32.
@@ -46,7 +46,7 @@ def transform(input: Tensor, activation: str, channel_scale: Tensor | None) -> T
 
 
 def codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """int8 codes of ``x``; ``zero_point`` is ``None`` where symmetric. NaN becomes the code of 0, infinities saturate."""
+    """int8 codes of ``x``, symmetric without ``zero_point``. NaN becomes the code of 0, infinities saturate."""
     low = LOW + 1 if zero_point is None else LOW
     offset = 0 if zero_point is None else zero_point
     steps = torch.nan_to_num(torch.round(x / scale), nan=0.0, posinf=1e9, neginf=-1e9).clamp(-1e9, 1e9)
