@@ -28,6 +28,19 @@ inline FromBlob from_blob_with_deleter() {
     return function;
 }
 
+inline int64_t element_bytes(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Char:
+        case ScalarType::Byte:
+            return 1;
+        case ScalarType::BFloat16:
+        case ScalarType::Half:
+            return 2;
+        default:
+            return 4;
+    }
+}
+
 // An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes. Large
 // ones come from the pool of buffers and go back to it.
 inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) {
@@ -42,7 +55,7 @@ inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType 
     strides[0] = elements;
     elements *= shape[0];
     const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    const int64_t bytes = elements * (dtype == ScalarType::BFloat16 ? 2 : 4);
+    const int64_t bytes = elements * element_bytes(dtype);
     AtenTensorHandle handle = nullptr;
     if (bytes >= kPoolSmallest && pool_limit() > 0 && from_blob_with_deleter() != nullptr) {
         void* data = pool_take(bytes);
