@@ -9,7 +9,7 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_MODULES = ("functional", "nn", "testing", "kernels", "reference", "ops", "models", "imaging")
+_MODULES = ("functional", "nn", "quantization", "testing", "kernels", "reference", "ops", "models", "imaging")
 _NAMES = {
     "accelerate": "pydenoise.accelerate",
     "AccelerationReport": "pydenoise.accelerate",

@@ -9,38 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pydenoise.quantization.arguments import Arguments
 from pydenoise.surgery import layers
 from pydenoise.surgery.report import Errors
 
 
 class Example:
-    """``example_inputs`` of ``accelerate``: a tensor, a tuple or list of arguments, or a dict of keyword arguments."""
+    """``example_inputs`` of ``accelerate``: see :class:`pydenoise.quantization.Arguments`."""
 
     def __init__(self, inputs: object):
-        if isinstance(inputs, Tensor):
-            self.args, self.kwargs = (inputs,), {}
-        elif isinstance(inputs, dict):
-            if not all(isinstance(name, str) for name in inputs):
-                raise TypeError("example_inputs: expected a dict of keyword arguments, with str keys")
-            self.args, self.kwargs = (), dict(inputs)
-        elif isinstance(inputs, tuple | list):
-            self.args, self.kwargs = tuple(inputs), {}
-        else:
-            raise TypeError(
-                "example_inputs: expected a tensor, a tuple or list of positional arguments, or a dict of keyword "
-                f"arguments, got {type(inputs).__name__}"
-            )
+        self._call = Arguments.of(inputs, "example_inputs")
+        self.args, self.kwargs = self._call.args, self._call.kwargs
 
     def fresh(self, dtype: torch.dtype | None = None) -> tuple[tuple, dict]:
         """Copies of the arguments (a model may write into them), floating tensors in ``dtype`` if it is given."""
-
-        def clone(value):
-            if not isinstance(value, Tensor):
-                return value
-            value = value.detach()
-            return value.to(dtype, copy=True) if dtype is not None and value.is_floating_point() else value.clone()
-
-        return pytree.tree_map(clone, (self.args, self.kwargs))
+        return self._call.fresh(dtype)
 
     def run(self, model: nn.Module, dtype: torch.dtype | None = None) -> object:
         """``model``'s output on the example, without gradients."""
