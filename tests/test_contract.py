@@ -4,18 +4,17 @@ The tests loop over the registry, so a new row is tested the moment it exists. A
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 
 import pytest
 import torch
 
-from pydenoise import _native
 from pydenoise import functional as PF
 from pydenoise.ops import registry, weighted_conv
 from pydenoise.reference import weighted_conv as reference
 from pydenoise.testing import CONV_CASES, WINOGRAD_RELATIVE_ERROR, ConvCase, arrange, assert_accurate, relative_error
+from pydenoise.testing.rows import Variant, device_of, poisoned_memory, variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FUNCTIONS = {1: PF.weighted_conv1d, 2: PF.weighted_conv2d, 3: PF.weighted_conv3d}
@@ -23,69 +22,10 @@ TENSORS = ("input", "weight", "density", "bias", "residual")
 CASES = {case.name: case for case in CONV_CASES}
 
 
-# ------------------------------------------------------------------------------------------------ rows and variants
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A row, on the CPU backend at one ISA level."""
-
-    row: registry.Backend
-    isa: str | None = None
-
-    def __str__(self) -> str:
-        return self.row.name if self.isa is None else f"{self.row.name}-{self.isa}"
-
-    @contextmanager
-    def active(self):
-        """Run the block at this variant's ISA level."""
-        if self.isa is None:
-            yield
-            return
-        module = _native.extension().module
-        before = module.active_isa()
-        module.set_isa_cap(self.isa)
-        try:
-            assert module.active_isa() == self.isa
-            yield
-        finally:
-            module.set_isa_cap(before)
-
-
-def isa_levels() -> list[str | None]:
-    """Levels this machine offers, below or at the one in use; a single ``None`` without compiled library."""
-    library = _native.extension()
-    if not library.loaded:
-        return [None]
-    levels = list(library.module.isa_levels())
-    return levels[: levels.index(library.module.active_isa()) + 1]
-
-
-def variants(op: str, backend: str | None = None) -> list[Variant]:
-    """Every row of ``op``, the CPU's once per ISA level."""
-    rows = [row for row in registry.rows(op) if backend in (None, row.name)]
-    return [Variant(row, isa) for row in rows for isa in (isa_levels() if row.name == "cpu" else [None])]
-
-
-def device_of(row: registry.Backend) -> str:
-    """The device on which ``row`` is tested."""
-    return "cuda" if row.name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-
-
 def skip_unless(row: registry.Backend, args: tuple) -> None:
     reason = row.unsupported(*args)
     if reason is not None:
         pytest.skip(reason)
-
-
-@contextmanager
-def poisoned_memory():
-    """Fresh tensors hold NaN, so that an element that a kernel forgets to write shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 # ---------------------------------------------------------------------------------------------- weighted convolution
@@ -206,6 +146,10 @@ OPCHECK_CASES = (
     "no_bias_no_density",
     "empty_batch",
 )
+INT8_OPS = {  # tests/test_contract_int8.py
+    "quantize", "quantize_dynamic", "dequantize", "group_norm_quantize", "layer_norm_quantize", "int8_conv2d",
+    "int8_linear",
+}  # fmt: skip
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")
@@ -217,7 +161,7 @@ CONTRACTS = {
 
 
 def test_every_op_has_a_contract_and_a_reference():
-    assert set(registry.ops()) == set(CONTRACTS), "a new op needs an entry in CONTRACTS"
+    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS, "a new op needs an entry in a contract test"
     for op in registry.ops():
         rows = registry.rows(op)
         assert rows[-1].name == registry.REFERENCE, f"{op}: the reference is the last resort"

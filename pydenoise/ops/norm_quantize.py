@@ -62,7 +62,7 @@ def group_norm_silu_quantize(
 
     Returns:
         torch.int8 [N, C, H, W] in channels_last memory; where ``scale`` is ``None``, (codes, scale [N, 1, H, W]
-        float32, zero_point int32). Statistics are float32; codes are within 1 of those of exact arithmetic. No gradients.
+        float32, zero_point int32). Statistics are float32; codes are within 1 of exact arithmetic. No gradients.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it.
@@ -199,7 +199,9 @@ def _run_layer_norm(*args):
 
 def _fake(input: Tensor, shape: tuple[int, ...], scale: Tensor | None, granularity: str) -> tuple:
     codes = like_input(input, shape, torch.int8) if granularity == "pixel" else input.new_empty(shape, dtype=torch.int8)
-    return codes, *((input.new_empty(0),) * 2 if scale is not None else position_scale(input, shape, granularity))
+    return codes, *(
+        _without_none((None, None), input) if scale is not None else position_scale(input, shape, granularity)
+    )
 
 
 @torch.library.register_fake("pydenoise::group_norm_quantize", lib=_library)
