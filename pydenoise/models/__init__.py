@@ -1,7 +1,10 @@
 """Denoising networks in plain torch: what ``pydenoise.accelerate`` is shown and measured on."""
 
+from pydenoise.models.cunet import CUNet
 from pydenoise.models.dncnn import DnCNN
 from pydenoise.models.ffdnet import FFDNet, load_ffdnet
+from pydenoise.models.terrain import TerrainDenoiser
+from pydenoise.models.unet import DiffusionUNet
 from pydenoise.models.weights import WeightsError
 
-__all__ = ["DnCNN", "FFDNet", "WeightsError", "load_ffdnet"]
+__all__ = ["CUNet", "DiffusionUNet", "DnCNN", "FFDNet", "TerrainDenoiser", "WeightsError", "load_ffdnet"]
