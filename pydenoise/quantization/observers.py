@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pydenoise.quantization.reservoir import Reservoir
 
 SAMPLE_ELEMENTS = 1 << 19  # numbers kept of one layer: 2 MiB
-_MOST_SIDE, _MOST_TOKENS, _MOST_CROPS = 16, 64, 8
+_MORE_PIXELS, _MOST_TOKENS, _MOST_CROPS = 5, 32, 32  # a patch is so much larger than the kernel
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -119,12 +119,14 @@ class LayerStatistics:
             offer(bucket, row)
 
     def _plan_samples(self, x: Tensor) -> None:
-        """Sizes from the first input: at least four samples a bucket, of at most 16x16 pixels or 64 tokens."""
+        """Sizes from the first input: small samples, of which many fit; at least four a bucket if the room allows."""
         buckets = len(self.counts)
         room = max(1, self._sample_elements // (4 * buckets * self.channels))
         if self.kind == "conv2d":
-            side = min(math.isqrt(room), _MOST_SIDE)
-            self._size = tuple(min(max(side, e + 1), n) for e, n in zip(self.extent, x.shape[2:], strict=True))
+            side = math.isqrt(room)
+            self._size = tuple(
+                min(e + max(1, min(side - e, _MORE_PIXELS)), n) for e, n in zip(self.extent, x.shape[2:], strict=True)
+            )
         else:
             tokens = math.prod(x.shape[1:-1])
             self._size = (max(1, min(room, _MOST_TOKENS, tokens)), 1)

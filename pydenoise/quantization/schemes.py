@@ -114,8 +114,8 @@ class Scheme:
 
 
 PRESETS = {
-    "per_tensor": Scheme("per_tensor", clip="search", bias_correction=True),
-    "per_timestep": Scheme("per_timestep", buckets=DEFAULT_BUCKETS, clip="search", bias_correction=True),
+    "per_tensor": Scheme("per_tensor", smooth=0.5, bias_correction=True),
+    "per_timestep": Scheme("per_timestep", buckets=DEFAULT_BUCKETS, smooth=0.5, bias_correction=True),
     "per_pixel": Scheme("per_pixel"),
     "per_token": Scheme("per_token"),
     "float": Scheme("float"),
