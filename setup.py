@@ -38,15 +38,22 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 FLOAT_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
 PER_ISA_SOURCES = {
     "csrc/weighted_conv/cpu.cpp": FLOAT_LEVELS,
+    "csrc/quantize/cpu.cpp": FLOAT_LEVELS,
+    "csrc/norm_quantize/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": FLOAT_LEVELS,
 }
 SOURCES = [
     "csrc/core/isa.cpp",
     "csrc/core/threads.cpp",
     "csrc/core/pool.cpp",
+    "csrc/core/tape.cpp",
     "csrc/core/peaks.cpp",
     "csrc/weighted_conv/dispatch.cpp",
+    "csrc/quantize/dispatch.cpp",
+    "csrc/norm_quantize/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
+    "csrc/bindings/quantize.cpp",
+    "csrc/bindings/norm_quantize.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

@@ -11,6 +11,7 @@
 #include "../core/isa.h"
 #include "../core/peaks.h"
 #include "../core/pool.h"
+#include "../core/tape.h"
 #include "../core/threads.h"
 #include "../weighted_conv/dispatch.h"
 
@@ -102,6 +103,16 @@ PYBIND11_MODULE(_C, m) {
         },
         py::arg("isa"), py::arg("index"));
     m.def("build_info", &build_info);
+    py::class_<pdn::Tape>(m, "Tape",
+                          "Kernel calls recorded with their pointers, to be run again: see csrc/core/tape.h.")
+        .def(py::init<>())
+        .def(
+            "start", [](pdn::Tape& tape) { pdn::record_on(&tape); }, "Record this thread's kernel calls from now on.")
+        .def("stop", [](pdn::Tape&) { pdn::record_on(nullptr); })
+        .def("__len__", [](const pdn::Tape& tape) { return tape.steps.size(); })
+        .def_property_readonly("refusal", [](const pdn::Tape& tape) { return tape.refusal; })
+        .def_property_readonly("arena_bytes", [](const pdn::Tape& tape) { return tape.arena->bytes(); })
+        .def("replay", &pdn::Tape::replay, py::arg("begin"), py::arg("end"), py::call_guard<py::gil_scoped_release>());
     m.def("pool_limit", &pdn::pool_limit, "Bytes of unused output buffers that may be kept (PYDENOISE_POOL_MIB).");
     m.def("pool_unused", &pdn::pool_unused, "Bytes of output buffers that are kept for reuse now.");
     m.def("pool_clear", &pdn::pool_clear, "Free the output buffers that are kept for reuse.");

@@ -8,10 +8,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
 #include "../core/pool.h"
+#include "../core/tape.h"
 
 namespace pdn {
 namespace bindings {
@@ -41,10 +43,41 @@ inline int64_t element_bytes(ScalarType dtype) {
     }
 }
 
-// An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes. Large
-// ones come from the pool of buffers and go back to it.
-inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) {
+// An uninitialised CPU tensor. While this thread records a tape, its memory belongs to the tape; else large ones come
+// from the pool of buffers and go back to it.
+inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {
     const int64_t dims = static_cast<int64_t>(shape.size());
+    const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+    int64_t bytes = element_bytes(dtype);
+    for (int64_t size : shape) bytes *= size;
+    const auto from_blob = from_blob_with_deleter();
+    AtenTensorHandle handle = nullptr;
+    const auto wrap = [&](void* data, void (*give)(void*, void*), void* context) {
+        STD_TORCH_CHECK(data != nullptr, "out of memory: an output of ", bytes, " bytes");
+        STABLE_TORCH_ERROR_CODE_CHECK(from_blob(data, dims, shape.data(), strides.data(), 0, type,
+                                                aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+                                                nullptr, 0, give, context));
+    };
+    if (Tape* tape = recording(); tape != nullptr && from_blob != nullptr) {
+        wrap(
+            tape->arena->take(bytes),
+            [](void* memory, void* context) {
+                auto* arena = static_cast<std::shared_ptr<Arena>*>(context);
+                (*arena)->give(memory);
+                delete arena;
+            },
+            new std::shared_ptr<Arena>(tape->arena));
+    } else if (bytes >= kPoolSmallest && pool_limit() > 0 && from_blob != nullptr) {
+        wrap(pool_take(bytes), [](void* memory, void*) { pool_give(memory); }, nullptr);
+    } else {
+        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.data(), strides.data(), type,
+                                                               aoti_torch_device_type_cpu(), 0, &handle));
+    }
+    return Tensor(handle);
+}
+
+// An uninitialised CPU tensor [N, C, *spatial] whose memory is channels_last, for any number of spatial axes.
+inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType dtype) {
     std::vector<int64_t> strides(shape.size());
     int64_t elements = shape[1];
     for (size_t axis = shape.size() - 1; axis >= 2; --axis) {
@@ -53,36 +86,47 @@ inline Tensor empty_channels_last(const std::vector<int64_t>& shape, ScalarType 
     }
     strides[1] = 1;
     strides[0] = elements;
-    elements *= shape[0];
-    const int32_t type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-    const int64_t bytes = elements * element_bytes(dtype);
-    AtenTensorHandle handle = nullptr;
-    if (bytes >= kPoolSmallest && pool_limit() > 0 && from_blob_with_deleter() != nullptr) {
-        void* data = pool_take(bytes);
-        STD_TORCH_CHECK(data != nullptr, "out of memory: an output of ", bytes, " bytes");
-        STABLE_TORCH_ERROR_CODE_CHECK(from_blob_with_deleter()(
-            data, dims, shape.data(), strides.data(), 0, type, aoti_torch_device_type_cpu(), -1, &handle,
-            aoti_torch_layout_strided(), nullptr, 0, [](void* memory, void*) { pool_give(memory); }, nullptr));
-    } else {
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, shape.data(), strides.data(), type,
-                                                               aoti_torch_device_type_cpu(), 0, &handle));
+    return empty_strided(shape, strides, dtype);
+}
+
+// An uninitialised row-major CPU tensor.
+inline Tensor empty_row_major(const std::vector<int64_t>& shape, ScalarType dtype) {
+    std::vector<int64_t> strides(shape.size());
+    int64_t elements = 1;
+    for (size_t axis = shape.size(); axis-- > 0;) {
+        strides[axis] = elements;
+        elements *= shape[axis];
     }
-    return Tensor(handle);
+    return empty_strided(shape, strides, dtype);
+}
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+    std::vector<int64_t> shape;
+    for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
+    return shape;
+}
+
+// Fill `copy` from `source`, now and in every replay.
+inline void copy_and_record(Tensor& copy, const Tensor& source) {
+    torch::stable::copy_(copy, source);
+    if (Tape* tape = recording())
+        tape->steps.push_back([copy = copy, source = source]() mutable { torch::stable::copy_(copy, source); });
 }
 
 // `tensor` itself if its channels are adjacent in memory, else a copy in which they are.
 inline Tensor with_adjacent_channels(const Tensor& tensor) {
     if (tensor.stride(1) == 1 || tensor.size(1) == 1) return tensor;
-    std::vector<int64_t> shape;
-    for (int64_t axis = 0; axis < tensor.dim(); ++axis) shape.push_back(tensor.size(axis));
-    Tensor copy = empty_channels_last(shape, tensor.scalar_type());
-    torch::stable::copy_(copy, tensor);
+    Tensor copy = empty_channels_last(shape_of(tensor), tensor.scalar_type());
+    copy_and_record(copy, tensor);
     return copy;
 }
 
 // Row-major: `tensor` itself, or a copy.
 inline Tensor dense(const Tensor& tensor) {
-    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+    if (tensor.is_contiguous()) return tensor;
+    Tensor copy = empty_row_major(shape_of(tensor), tensor.scalar_type());
+    copy_and_record(copy, tensor);
+    return copy;
 }
 
 inline Tensor to_dtype(const Tensor& tensor, ScalarType dtype) { return torch::stable::to(tensor, dtype); }

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../weighted_conv/dispatch.h"
+#include "tape.h"
 #include "tensors.h"
 
 namespace pdn {
@@ -145,15 +146,15 @@ std::tuple<Tensor, Ints> pack(const Tensor& weight, const MaybeTensor& density, 
     return {packed, Ints{static_cast<int64_t>(isa), index}};
 }
 
-Tensor run_packed(const Tensor& input, ConvParams p, const Geometry& g, const Algorithm& algorithm, const void* packed,
-                  const MaybeTensor& bias, const MaybeTensor& residual, int64_t activation) {
+Tensor run_packed(const Tensor& input, ConvParams p, const Geometry& g, const Algorithm& algorithm,
+                  const Tensor& packed, const MaybeTensor& bias, const MaybeTensor& residual, int64_t activation) {
     STD_TORCH_CHECK(input.dim() == g.dims + 2, "input: wrong number of dimensions");
     STD_TORCH_CHECK(input.size(1) == p.groups * p.in_channels, "input: wrong number of channels");
     const Tensor x = with_adjacent_channels(input);
     set_input(p, g, x);
     for (const Axis& a : p.axis) STD_TORCH_CHECK(a.out_size > 0, "input: the kernel does not fit the padded input");
     p.activation = static_cast<Activation>(activation);
-    p.packed = packed;
+    p.packed = packed.data_ptr();
     const Ints shape = output_shape(p, g);
     Tensor output = empty_channels_last(shape, input.scalar_type());
     set_output(p, g, output);
@@ -171,7 +172,11 @@ Tensor run_packed(const Tensor& input, ConvParams p, const Geometry& g, const Al
         p.residual_batch_stride = r->stride(0);
         for (int64_t i = 0; i < g.dims; ++i) p.axis[3 - g.dims + i].residual_stride = r->stride(2 + i);
     }
-    STD_TORCH_CHECK(weighted_conv::run(algorithm, p), "out of memory for the scratch buffers of weighted_conv");
+    run_and_record(
+        [&algorithm, p] {
+            STD_TORCH_CHECK(weighted_conv::run(algorithm, p), "out of memory for the scratch buffers of weighted_conv");
+        },
+        x, packed, b, r, output);
     return output;
 }
 
@@ -185,11 +190,12 @@ Tensor forward_packed(const Tensor& input, const Tensor& packed, Ints kind, cons
     const Algorithm& algorithm = algorithm_at(isa_of(kind[0]), kind[1]);
     STD_TORCH_CHECK(algorithm.unsupported(p) == nullptr && packed.numel() == algorithm.packed_bytes(p),
                     "packed: weights of another convolution");
-    return run_packed(input, p, g, algorithm, packed.data_ptr(), bias, residual, activation);
+    return run_packed(input, p, g, algorithm, packed, bias, residual, activation);
 }
 
 Tensor forward(const Tensor& input, const Tensor& weight, const MaybeTensor& density, const MaybeTensor& bias,
                const MaybeTensor& residual, Ints geometry, int64_t groups, int64_t activation, bool approximate) {
+    refuse_recording("weighted_conv packs its weight in every call; only layers that hold packed weights are recorded");
     const Geometry g(geometry);
     const ConvParams p = without_tensors(g, weight.size(1), weight.size(0), groups, input.scalar_type());
     const Isa isa = active_isa();
@@ -204,7 +210,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const MaybeTensor& den
     const MaybeTensor d = map(density, dense);
     const Tensor packed = empty_bytes(algorithm.packed_bytes(p));
     weighted_conv::pack(algorithm, p, view_of(p, w, d), packed.data_ptr());
-    return run_packed(input, p, g, algorithm, packed.data_ptr(), bias, residual, activation);
+    return run_packed(input, p, g, algorithm, packed, bias, residual, activation);
 }
 
 Tensor grad_input(const Tensor& grad, const Tensor& weight, const MaybeTensor& density, Ints input_shape, Ints geometry,
