@@ -36,10 +36,12 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 # The levels a source is compiled for; in its dispatch table, the others point at the next lower one.
 FLOAT_LEVELS = ("baseline", "avx2", "avx512", "avx512bf16")
+INT8_LEVELS = ("baseline", "avx2", "avx2vnni", "avx512", "avx512vnni")
 PER_ISA_SOURCES = {
     "csrc/weighted_conv/cpu.cpp": FLOAT_LEVELS,
     "csrc/quantize/cpu.cpp": FLOAT_LEVELS,
     "csrc/norm_quantize/cpu.cpp": FLOAT_LEVELS,
+    "csrc/int8_conv2d/cpu.cpp": INT8_LEVELS,
     "csrc/core/peaks_isa.cpp": FLOAT_LEVELS,
 }
 SOURCES = [
@@ -51,9 +53,11 @@ SOURCES = [
     "csrc/weighted_conv/dispatch.cpp",
     "csrc/quantize/dispatch.cpp",
     "csrc/norm_quantize/dispatch.cpp",
+    "csrc/int8_conv2d/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
+    "csrc/bindings/int8_conv2d.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

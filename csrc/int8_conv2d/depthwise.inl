@@ -12,8 +12,9 @@ namespace {
 typedef int8_t CodeVector __attribute__((vector_size(kWidth)));
 
 const char* depthwise_unsupported(const ConvParams& p) {
-    return p.in_channels == 1 && p.out_channels == 1 && p.groups > 1 ? nullptr
-                                                                     : "depthwise takes one channel in and out per group";
+    return p.in_channels == 1 && p.out_channels == 1 && p.groups > 1
+               ? nullptr
+               : "depthwise takes one channel in and out per group";
 }
 
 // [block of kLanes channels][tap][kLanes] int8, zero where no channel is.
@@ -61,8 +62,8 @@ PDN_INLINE vi depthwise_vector(const ConvParams& p, int64_t n, int64_t row, int6
         for (int64_t j = 0; j < b.kernel; ++j) {
             const int64_t x = column * b.step + b.offset + j * b.dilation;
             if (x < 0 || x >= width) continue;
-            const int8_t* code = p.input + n * p.in_batch_stride + (y >> shift) * a.in_stride +
-                                 (x >> shift) * b.in_stride + channel;
+            const int8_t* code =
+                p.input + n * p.in_batch_stride + (y >> shift) * a.in_stride + (x >> shift) * b.in_stride + channel;
             const vi w = widened_codes(weights + (i * b.kernel + j) * kLanes, kWidth);
             const vi c = widened_codes(code, p.groups - channel);
             if (!p.per_pixel) {
@@ -101,8 +102,8 @@ void depthwise_run(const ConvParams& p, int64_t begin, int64_t end, void*, uint6
     }
 }
 
-constexpr Algorithm kDepthwise = {"depthwise",      depthwise_unsupported, depthwise_packed_bytes,  depthwise_blocks,
-                                  depthwise_pack,   depthwise_items,       depthwise_scratch_bytes, depthwise_run};
+constexpr Algorithm kDepthwise = {"depthwise",    depthwise_unsupported, depthwise_packed_bytes,  depthwise_blocks,
+                                  depthwise_pack, depthwise_items,       depthwise_scratch_bytes, depthwise_run};
 
 }  // namespace
 }  // namespace int8_conv2d

@@ -11,14 +11,14 @@ namespace int8_conv2d {
 namespace {
 
 enum class Sums : int {
-    integer = 0,      // of stored codes: the offset is still in it
-    per_row = 1,      // the same, where every pixel has its own scale and zero point
-    rescaled = 2,     // float32, scales of the pixels applied
+    integer = 0,   // of stored codes: the offset is still in it
+    per_row = 1,   // the same, where every pixel has its own scale and zero point
+    rescaled = 2,  // float32, scales of the pixels applied
 };
 
 // Channel-wise numbers of one block of output channels and one image, padded to kLanes.
 struct Channels {
-    int32_t correction[kLanes];  // what to add to an integer sum; per_row: minus the sum of the weights
+    int32_t correction[kLanes];          // what to add to an integer sum; per_row: minus the sum of the weights
     float scale[kLanes], shift[kLanes];  // y = activation(scale * sum + shift)
 };
 

@@ -28,7 +28,7 @@ PDN_INLINE vi pixel_steps(const int8_t* x, int64_t channels) {
     typedef int16_t Wide __attribute__((vector_size(kCodes * 2)));
     Narrow narrow;
     std::memcpy(&narrow, x, sizeof narrow);
-    return (vi)__builtin_convertvector(narrow, Wide);
+    return (vi) __builtin_convertvector(narrow, Wide);
 #endif
 #endif
 }
@@ -119,8 +119,8 @@ PDN_INLINE Reach reach_of(const ConvParams& p, const Axis& a, int64_t first_outp
 
 struct Gather {
     const int8_t** pointers;
-    float* scales;       // per_pixel only
-    int32_t* zeros;      // per_pixel only
+    float* scales;   // per_pixel only
+    int32_t* zeros;  // per_pixel only
     const int8_t* border;
 
     // One row of scratch: its image row, or null if that lies outside.

@@ -20,8 +20,8 @@ struct Axis {
     int64_t step, offset, dilation, kernel;
 };
 
-// Scales and zero points are read when the kernel runs. Nothing is owned: a copy of the struct can be run later, as long
-// as the memory it points at lives.
+// Scales and zero points are read when the kernel runs. Nothing is owned: a copy of the struct can be run later, as
+// long as the memory it points at lives.
 struct ConvParams {
     int64_t batch, groups;
     int64_t in_channels, out_channels;  // per group
@@ -31,11 +31,11 @@ struct ConvParams {
     int64_t threads;   // how many will share the work: decides the size of the items, never the result
 
     const int8_t* input;
-    const void* packed;         // written by Algorithm::pack
-    bool per_pixel;             // input_scale and input_zero_point are dense [batch, in rows, in columns], else one value
-    const float* input_scale;   // null with int32 output
+    const void* packed;  // written by Algorithm::pack
+    bool per_pixel;      // input_scale and input_zero_point are dense [batch, in rows, in columns], else one value
+    const float* input_scale;         // null with int32 output
     const int32_t* input_zero_point;  // or null: 0
-    const float* weight_scale;  // [groups * out_channels]; null with int32 output
+    const float* weight_scale;        // [groups * out_channels]; null with int32 output
 
     const float* bias;          // [groups * out_channels] or null
     const float* channel_bias;  // [batch, groups * out_channels] or null
@@ -44,8 +44,8 @@ struct ConvParams {
     DType residual_dtype;  // float32, bfloat16 or float16
     const void* residual;  // of the output's shape, or null
     DType out_dtype;
-    const float* out_scale;           // for int8 output
-    const int32_t* out_zero_point;    // or null: symmetric, codes -127..127
+    const float* out_scale;         // for int8 output
+    const int32_t* out_zero_point;  // or null: symmetric, codes -127..127
     void* output;
 };
 

@@ -12,11 +12,11 @@ namespace pdn {
 namespace int8_conv2d {
 namespace {
 
-constexpr int kBlock = 2;                     // vectors of output channels per tile
-constexpr int kTile = kWidth == 16 ? 14 : 6;  // pixels per tile: kTile * kBlock accumulators, the rest for operands
-constexpr int kLanes = kBlock * kWidth;       // output channels per full block
-constexpr int64_t kStripBytes = 96 * 1024;    // of copied input: lies in L2 beside the weights that stream through
-constexpr int64_t kStripColumns = 5 * kTile;  // a wider strip would be lower: more copied borders
+constexpr int kBlock = 2;                         // vectors of output channels per tile
+constexpr int kTile = kWidth == 16 ? 14 : 6;      // pixels per tile: kTile * kBlock accumulators, the rest for operands
+constexpr int kLanes = kBlock * kWidth;           // output channels per full block
+constexpr int64_t kStripBytes = 96 * 1024;        // of copied input: lies in L2 beside the weights that stream through
+constexpr int64_t kStripColumns = 5 * kTile;      // a wider strip would be lower: more copied borders
 constexpr int64_t kRowStripColumns = 32 * kTile;  // where there are no rows
 constexpr int64_t kItemsPerThread = 4;            // so that a thread slowed down by others holds nobody up for long
 
@@ -86,13 +86,13 @@ PDN_INLINE int block_width(const ConvParams& p, int64_t block) {
 }
 
 struct Plan {
-    int64_t taps, steps;               // steps: of one tap
-    int64_t rows, columns;             // outputs of a full strip
+    int64_t taps, steps;    // steps: of one tap
+    int64_t rows, columns;  // outputs of a full strip
     int64_t strips_down, strips_across;
-    int64_t blocks, chunks;            // blocks of output channels, and ranges of them per group
+    int64_t blocks, chunks;  // blocks of output channels, and ranges of them per group
     Parts row_parts, column_parts;
-    int64_t positions;                 // input pixels of a full strip in scratch
-    int64_t pitch;                     // of the copy, in positions: an odd number of cache lines per step
+    int64_t positions;  // input pixels of a full strip in scratch
+    int64_t pitch;      // of the copy, in positions: an odd number of cache lines per step
     int64_t border_bytes, pointers_at, scales_at, zeros_at, offsets_at, codes_at, bytes;  // scratch
 
     explicit Plan(const ConvParams& p) {
@@ -106,7 +106,7 @@ struct Plan {
 
     int64_t items(const ConvParams& p) const { return p.batch * p.groups * strips_down * strips_across * chunks; }
 
-   private:
+  private:
     int64_t positions_of(const ConvParams& p, int64_t height, int64_t width) const {
         return parts_of(p.rows, height).length * parts_of(p.columns, width).length;
     }

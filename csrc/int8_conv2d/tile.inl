@@ -15,7 +15,7 @@ struct TileTask {
     int64_t steps;           // of all taps, or of one tap where taps are rescaled one by one
     // Rescaling per pixel only:
     int64_t taps;
-    const float* scales;         // of the tile's first position at tap 0
+    const float* scales;  // of the tile's first position at tap 0
     const int32_t* zeros;
     const int32_t* weight_sums;  // [taps][N * kWidth]
 };
