@@ -1,0 +1,140 @@
+"""What the int8 kernels share: activations, codes, the epilogue of matrix products, sums of weights."""
+
+import torch
+import triton
+import triton.language as tl
+from pydenoise.kernels._tiles import Kernel, Launch, variants
+from torch import Tensor
+
+ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
+
+
+# ------------------------------------------------------------------------------------------------------------ numbers
+
+
+@triton.jit
+def gelu(v):
+    return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "relu":
+        v = tl.where(v < 0, 0.0, v)  # not maximum: a NaN must stay a NaN
+    elif ACTIVATION == "silu":
+        v = v * tl.sigmoid(v)
+    elif ACTIVATION == "gelu":
+        v = gelu(v)
+    elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u)
+        v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    return v
+
+
+@triton.jit
+def rounded(v):
+    """rint(v) to even, of values that any code's range clamps to the same; NaN becomes 0.
+
+    Adding 1.5 * 2^23 leaves no bit for a fraction; the compiler may not reassociate it.
+    """
+    v = tl.where(v == v, v, 0.0)
+    v = tl.minimum(tl.maximum(v, -512.0), 512.0)
+    return (v + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def codes(v, scale, zero_point, AFFINE: tl.constexpr):
+    """Codes of float32 ``v`` as int8; true division, as the rules ask. ``zero_point`` is read where AFFINE."""
+    steps = rounded(tl.div_rn(v, scale))
+    if AFFINE:
+        steps = tl.minimum(tl.maximum(steps + zero_point.to(tl.float32), -128.0), 127.0)
+    else:
+        steps = tl.minimum(tl.maximum(steps, -127.0), 127.0)
+    return steps.to(tl.int32).to(tl.int8)
+
+
+@triton.jit
+def dynamic_parameters(low, high, nan, SYMMETRIC: tl.constexpr):
+    """(scale, zero point as float32) of values in low..high; a scale that is no normal number becomes 1.
+
+    ``low`` <= 0 <= ``high``; ``nan`` > 0 where a value was NaN.
+    """
+    if SYMMETRIC:
+        reach = tl.maximum(-low, high)
+        scale = tl.div_rn(reach, tl.zeros_like(reach) + 127.0)
+    else:
+        reach = high - low
+        scale = tl.div_rn(reach, tl.zeros_like(reach) + 255.0)
+    scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
+    scale = tl.where(nan > 0, float("nan"), scale)
+    if SYMMETRIC:
+        return scale, tl.zeros_like(scale)
+    zero_point = rounded(-128.0 - tl.div_rn(low, scale))
+    return scale, tl.minimum(tl.maximum(zero_point, -128.0), 127.0)
+
+
+# ----------------------------------------------------------------------------------------------------------- epilogue
+
+
+@triton.jit
+def finish(v, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, row, rows_ok, channel, channel_ok,
+           channels, ACTIVATION: tl.constexpr):  # fmt: skip
+    """Bias, FiLM, activation, residual, cast or requantization, and store of a tile of y [rows, channels], dense.
+
+    ``v`` is float32 [rows, channels of the tile]; a tensor that is None is left out. ``n`` is each row's image.
+    """
+    mask = rows_ok[:, None] & channel_ok[None, :]
+    if bias is not None:
+        v += tl.load(bias + channel, mask=channel_ok, other=0.0)[None, :]
+    if channel_bias is not None:
+        v += tl.load(channel_bias + (n.to(tl.int64) * channels)[:, None] + channel[None, :], mask=mask, other=0.0)
+    if film is not None:
+        at = (n.to(tl.int64) * channels * 2)[:, None] + channel[None, :]
+        gain = tl.load(film + at, mask=mask, other=0.0)
+        v = v * (1.0 + gain) + tl.load(film + at + channels, mask=mask, other=0.0)
+    v = activate(v, ACTIVATION)
+    at = (row.to(tl.int64) * channels)[:, None] + channel[None, :]
+    if residual is not None:
+        v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    if out_scale is not None:
+        scale = tl.load(out_scale)
+        if out_zero_point is not None:
+            v = codes(v, tl.zeros_like(v) + scale, tl.load(out_zero_point), True)
+        else:
+            v = codes(v, tl.zeros_like(v) + scale, 0, False)
+    tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------------- sums of weights
+
+
+@triton.jit(do_not_specialize=("rows", "tune"))
+def weight_sums_kernel(weight, sums, rows, columns, tune, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """sums[row] = sum of weight[row, :], exact; the weight is dense."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_ok = row < rows
+    c = tl.arange(0, BLOCK_C)
+    total = tl.zeros((BLOCK_R,), tl.int32)
+    for start in range(0, columns, BLOCK_C):
+        mask = row_ok[:, None] & (start + c < columns)[None, :]
+        w = tl.load(weight + (row * columns)[:, None] + (start + c)[None, :], mask=mask, other=0)
+        total += tl.sum(w.to(tl.int32), 1)
+    tl.store(sums + row, total, mask=row_ok)
+
+
+WEIGHT_SUMS = Kernel(
+    "weight_sums",
+    weight_sums_kernel,
+    variants("weight_sums", ("BLOCK_R", "BLOCK_C"), [(16, 256, 4, 2), (32, 64, 4, 2), (4, 1024, 4, 2)]),
+    lambda args: {"BLOCK_R": args["rows"], "BLOCK_C": args["columns"]},
+    keys=("tune", "columns"),
+)
+
+
+def plan_weight_sums(weight: Tensor) -> tuple[Tensor, Launch]:
+    """(int32 sums over the last dim of dense ``weight``, the launch that writes them)."""
+    sums = torch.empty(weight.shape[:-1], dtype=torch.int32, device=weight.device)
+    rows = sums.numel()
+    arguments = {
+        "weight": weight, "sums": sums, "rows": rows, "columns": weight.shape[-1], "tune": rows.bit_length(),
+    }  # fmt: skip
+    return sums, Launch(WEIGHT_SUMS, arguments, lambda meta: (triton.cdiv(rows, meta["BLOCK_R"]),))

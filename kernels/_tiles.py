@@ -1,0 +1,144 @@
+"""Tile sizes: what can be launched, which of it is worth timing for a problem, and the launch itself.
+
+A kernel module keeps one table of variants; tests and the ahead-of-time check loop over it.
+"""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+
+MOST_CANDIDATES = 6
+MOST_WASTE = 1.4  # of the work spent on padding, relative to the tile that wastes least
+_FEWEST_IN_INTERPRETER = 16
+_MOST_IN_INTERPRETER = {
+    "BLOCK_M": 1024, "BLOCK_O": 128, "BLOCK_K": 256, "BLOCK_C": 128, "BLOCK_R": 512, "BLOCK_P": 512,
+}  # fmt: skip
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def interpreting() -> bool:
+    """Whether the kernels run in Triton's interpreter (``TRITON_INTERPRET=1`` when they were imported)."""
+    return not isinstance(_probe, triton.JITFunction)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel with one set of tile sizes."""
+
+    kernel: str
+    meta: tuple[tuple[str, int], ...]
+    num_warps: int
+    num_stages: int
+
+    @property
+    def name(self) -> str:
+        blocks = "_".join(f"{key.removeprefix('BLOCK_').lower()}{value}" for key, value in self.meta)
+        return f"{self.kernel}-{blocks}-w{self.num_warps}-s{self.num_stages}"
+
+    def config(self) -> triton.Config:
+        return triton.Config(dict(self.meta), num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+def variants(kernel: str, names: tuple[str, ...], rows: Sequence[tuple]) -> tuple[Variant, ...]:
+    """One variant per row: its block sizes, warps and stages."""
+    return tuple(
+        Variant(kernel, tuple(zip(names, blocks, strict=True)), warps, stages) for *blocks, warps, stages in rows
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A jitted function under one name, with its tiles; among those that waste little, the first is the default.
+
+    ``extents`` gives the problem's extent along each block axis, from the arguments. ``keys`` are the arguments that a
+    timed choice depends on; without any, the default is taken. ``matrix``: the work is matrix products. ``whole`` names
+    a block axis that must cover its extent.
+    """
+
+    name: str
+    function: Callable
+    variants: tuple[Variant, ...]
+    extents: Callable[[dict], dict[str, int]]
+    keys: tuple[str, ...] = ()
+    matrix: bool = False
+    _tuners: list = field(default_factory=list)
+
+    def candidates(self, arguments: dict) -> list[Variant]:
+        """The tiles worth timing for a problem, the default first: those that spend little work on padding."""
+        extents = self.extents(arguments)
+
+        def padded(variant: Variant) -> float:
+            blocks = dict(variant.meta)
+            return math.prod(-(-extent // blocks[axis]) * blocks[axis] for axis, extent in extents.items())
+
+        least = min(map(padded, self.variants))
+        return [v for v in self.variants if padded(v) <= MOST_WASTE * least][:MOST_CANDIDATES]
+
+    def tuned(self) -> triton.runtime.Autotuner:
+        """The function with a timed choice among the candidates, made once."""
+        if not self._tuners:
+
+            def keep(configs, named, **kwargs):
+                names = {v.name for v in self.candidates({**named, **kwargs})}
+                return [c for c, v in zip(configs, self.variants, strict=True) if v.name in names]
+
+            configs = [v.config() for v in self.variants]
+            decorate = triton.autotune(
+                configs, key=list(self.keys), prune_configs_by={"early_config_prune": keep}, cache_results=True
+            )
+            self._tuners.append(decorate(self.function))
+        return self._tuners[0]
+
+    def default_config(self, arguments: dict) -> triton.Config:
+        """The configuration that is used where nothing is timed."""
+        if not interpreting():
+            return self.candidates(arguments)[0].config()
+        # Few, large tiles: the interpreter's time goes by steps, hardly by their size.
+        meta = dict(self.variants[0].meta)
+        for axis, extent in self.extents(arguments).items():
+            least = max(32, _FEWEST_IN_INTERPRETER) if axis == "BLOCK_K" else _FEWEST_IN_INTERPRETER
+            meta[axis] = max(least, min(_MOST_IN_INTERPRETER.get(axis, 4096), triton.next_power_of_2(extent)))
+        return triton.Config(meta)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel call without its tile sizes; ``grid`` maps the tile sizes to the number of programs."""
+
+    kernel: Kernel
+    arguments: dict[str, object]
+    grid: Callable[[dict], tuple[int, ...]]
+
+    @property
+    def device(self) -> torch.device:
+        return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+
+    def run(self, config: triton.Config | None = None) -> None:
+        """Launch with ``config``, or with the tuned one.
+
+        Nothing is timed, and the first candidate is taken, under ``torch.use_deterministic_algorithms(True)`` (another
+        tile may round another way), with ``PYDENOISE_AUTOTUNE=0``, and in the interpreter.
+        """
+        wanted = not torch.are_deterministic_algorithms_enabled() and os.environ.get("PYDENOISE_AUTOTUNE") != "0"
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            if config is None and self.kernel.keys and wanted and not interpreting():
+                self.kernel.tuned()[self.grid](**self.arguments)
+                return
+            config = config or self.kernel.default_config(self.arguments)
+            self.kernel.function[self.grid](**self.arguments, **config.all_kwargs())
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
