@@ -1,6 +1,5 @@
 // int8 convolution on CUDA: the choice of kernel, and the launches.
 #include "cuda.h"
-
 #include "cuda_direct.cuh"
 #include "cuda_mma.cuh"
 
@@ -44,17 +43,18 @@ double cut(const Problem& p, const Device& device, const Candidate& c, Plan& pla
     plan.kind = c.kind;
     plan.tiles_m = static_cast<int>(divide_up(plan.rows, c.bm));
     plan.tiles_n = static_cast<int>(divide_up(plan.group_out, c.bn));
-    const bool per_tap = c.kind == kTapLarge || c.kind == kTapSmall;
-    plan.wrap = per_tap ? static_cast<int>(divide_up(plan.group_in, c.bk) * c.bk) : plan.group_in;
+    plan.wrap = plan.per_tap ? static_cast<int>(divide_up(plan.group_in, c.bk) * c.bk) : plan.group_in;
     plan.depth_blocks = static_cast<int>(divide_up(static_cast<int64_t>(p.kernel_h) * p.kernel_w * plan.wrap, c.bk));
+    const int64_t unit = plan.per_tap ? plan.wrap / c.bk : 1;  // splits of a tap would meet only after its scaling
     const double tiles = static_cast<double>(plan.tiles_m) * plan.tiles_n * p.groups;
     const double slots = static_cast<double>(device.multiprocessors) * c.resident;
     const double block_clocks = static_cast<double>(c.bm) * c.bn * c.bk / c.rate;
     double best = -1;
     for (int splits = 1; splits <= kMaxSplits; ++splits) {
-        const int64_t depth = divide_up(plan.depth_blocks, splits);
+        const int64_t depth = divide_up(divide_up(plan.depth_blocks, unit), splits) * unit;
         if (splits > 1 && (depth < kMinSplitBlocks || divide_up(plan.depth_blocks, depth) != splits)) continue;
-        const double in_turn = static_cast<double>(divide_up(static_cast<int64_t>(tiles * splits), device.multiprocessors));
+        const double in_turn =
+            static_cast<double>(divide_up(static_cast<int64_t>(tiles * splits), device.multiprocessors));
         const double waves = tiles * splits <= slots ? 1 : tiles * splits / slots + 0.5;
         const double sharing = in_turn < c.resident ? in_turn : c.resident;
         double clocks = waves * (static_cast<double>(depth) * block_clocks * sharing + kBlockClocks);
@@ -89,12 +89,14 @@ const char* make_plan(const Problem& p, const Device& device, Plan& plan) {
     plan.vector_out = p.out_channels % 4 == 0 && plan.group_out % 4 == 0 && aligned(p.output, 16) &&
                       (!p.residual || aligned(p.residual, 16));
     const bool pointwise = p.kernel_h == 1 && p.kernel_w == 1;
+    plan.per_tap = p.per_pixel && !pointwise;
     if (plan.group_in % 16 == 0 && strides_of(p, 16)) {
-        if (p.per_pixel && !pointwise)
+        if (plan.per_tap)
             choose(p, device, kPerTap, plan);
         else
             choose(p, device, kPlain, plan);
-    } else if (plan.group_in == 1 && p.groups == p.in_channels && p.kernel_h * p.kernel_w <= Depthwise::kMaxTaps) {
+    } else if (plan.per_tap = p.per_pixel;
+               plan.group_in == 1 && p.groups == p.in_channels && p.kernel_h * p.kernel_w <= Depthwise::kMaxTaps) {
         plan.kind = kDepthwise;
         plan.words = plan.group_out == 1 && p.in_channels % 4 == 0 && strides_of(p, 4);
         plan.tiles_m = static_cast<int>(divide_up(p.out_w, Depthwise::kRun));

@@ -82,8 +82,7 @@ struct Direct {
                 }
             }
         TermsCache cache;
-        finish4(p, row, channel, sums, p.per_pixel, cache.of(p, p.per_pixel, o.n, channel), count,
-                plan.vector_out && count == 4);
+        finish4(p, plan, row, channel, sums, cache.of(p, o.n, channel), count, plan.vector_out && count == 4);
     }
 };
 
@@ -138,12 +137,12 @@ struct Depthwise {
                     add_tap(p, plan, {place.n, place.y, x + i}, ky, kx, channel, count, zero_point, w, sums[i]);
             }
         TermsCache cache;
-        const ChannelTerms& terms = cache.of(p, p.per_pixel, place.n, channel);
+        const ChannelTerms& terms = cache.of(p, place.n, channel);
         const int64_t row = (static_cast<int64_t>(place.n) * p.out_h + place.y) * p.out_w + x;
 #pragma unroll
         for (int i = 0; i < kPixels; ++i)
             if (x + i < p.out_w)
-                finish4(p, row + i, channel, sums[i], p.per_pixel, terms, count, plan.vector_out && count == 4);
+                finish4(p, plan, row + i, channel, sums[i], terms, count, plan.vector_out && count == 4);
     }
 
     static PDN_HD void add_tap(const Problem& p, const Plan& plan, const Position& o, int ky, int kx, int channel,
@@ -199,7 +198,7 @@ struct Reduce {
             part.f = load4_any(from, Element::float32, 0, count, vector);
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                if (p.per_pixel)
+                if (plan.per_tap)
                     sums.f.v[j] += part.f.v[j];
                 else
                     sums.i[j] += part.i[j];
@@ -207,7 +206,7 @@ struct Reduce {
         }
         TermsCache cache;
         const int n = static_cast<int>(row / (p.out_h * p.out_w));
-        finish4(p, row, channel, sums, p.per_pixel, cache.of(p, p.per_pixel, n, channel), count, vector);
+        finish4(p, plan, row, channel, sums, cache.of(p, n, channel), count, vector);
     }
 };
 

@@ -36,9 +36,15 @@ union Sums {
     Float4 f;
 };
 
+// The scale by which a row's integers are still to be multiplied: of a per-pixel 1x1 convolution, that of its pixel.
+PDN_HD float row_scale(const Problem& p, const Plan& plan, int64_t row) {
+    if (!p.per_pixel || plan.per_tap) return 1.f;
+    return pixel_grid(p, position_of(p, static_cast<uint32_t>(row)), 0, 0).scale;
+}
+
 // Writes `count` (up to four) outputs of row `row` from `channel` on. `vector`: all four, in one access.
-PDN_HD void finish4(const Problem& p, int64_t row, int channel, const Sums& sums, bool scaled, const ChannelTerms& terms,
-                    int count, bool vector) {
+PDN_HD void finish4(const Problem& p, const Plan& plan, int64_t row, int channel, const Sums& sums,
+                    const ChannelTerms& terms, int count, bool vector) {
     const int64_t at = row * p.out_channels + channel;
     if (p.out_type == Element::int32) {
         int32_t* out = static_cast<int32_t*>(p.output) + at;
@@ -48,10 +54,11 @@ PDN_HD void finish4(const Problem& p, int64_t row, int channel, const Sums& sums
         return;
     }
     Float4 y[1];
+    const float scale = row_scale(p, plan, row);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-        const float sum = scaled ? sums.f.v[j] : static_cast<float>(sums.i[j]);
-        y[0].v[j] = fmaf(sum, terms.gain.v[j], terms.shift.v[j]);
+        const float sum = plan.per_tap ? sums.f.v[j] : static_cast<float>(sums.i[j]);
+        y[0].v[j] = fmaf(sum * scale, terms.gain.v[j], terms.shift.v[j]);
     }
     activate(y, p.activation);
     if (p.residual) {
@@ -70,15 +77,16 @@ PDN_HD void finish4(const Problem& p, int64_t row, int channel, const Sums& sums
     }
 }
 
-// The terms change only from one image to the next: a thread that walks down the rows of one quad of channels keeps them.
+// The terms change only from one image to the next: a thread that walks down the rows of one quad of channels keeps
+// them.
 struct TermsCache {
     int n = -1;
     ChannelTerms terms;
 
-    PDN_HD const ChannelTerms& of(const Problem& p, bool scaled, int image, int channel) {
+    PDN_HD const ChannelTerms& of(const Problem& p, int image, int channel) {
         if (image != n && p.out_type != Element::int32) {
             n = image;
-            terms = channel_terms(p, scaled ? 1.f : *p.input_scale, n, channel);
+            terms = channel_terms(p, p.per_pixel ? 1.f : *p.input_scale, n, channel);
         }
         return terms;
     }
@@ -106,7 +114,7 @@ PDN_HD void finish_tile(const Problem& p, const Plan& plan, const TilePlace& til
             store4_of(static_cast<float*>(p.workspace) + at, sums.f, count, vector);
         } else {
             const int n = row / (p.out_h * p.out_w);
-            finish4(p, row, channel, sums, p.per_pixel, cache.of(p, p.per_pixel, n, channel), count, vector);
+            finish4(p, plan, row, channel, sums, cache.of(p, n, channel), count, vector);
         }
     }
 }

@@ -22,6 +22,7 @@ struct Plan {
     int wrap;                 // depth bytes from one tap to the next: group_in, or that rounded up to whole blocks
     int depth_blocks, blocks_per_split;
     int64_t blocks;
+    bool per_tap;     // a scale per pixel and more than one tap: taps are scaled as they are added
     bool vector_out;  // four channels of output and residual in one access
     bool words;       // four channels of input and weight in one access
 };
@@ -111,6 +112,7 @@ struct Gather {
 
     // Copies this thread's chunks of the current depth block through copy(i, is_weight, source, exists), then moves on
     // to the next block. `padding` holds 16 zero points.
+#pragma nv_exec_check_disable  // the host check's copies are host functions
     template <typename Copy>
     PDN_HD void next(const Problem& p, const Plan& plan, const int8_t* padding, int step, Copy&& copy) {
         const bool exists = channel < plan.group_in && ky < p.kernel_h;

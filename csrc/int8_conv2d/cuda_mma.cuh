@@ -1,4 +1,5 @@
-// int8 convolution on mma.sync m16n8k32 (sm_80 and later): a matrix product whose left operand is gathered from the image.
+// int8 convolution on mma.sync m16n8k32 (sm_80 and later): a matrix product whose left operand is gathered from the
+// image.
 //
 // A block computes BM pixels x BN channels. Depth blocks of 64 bytes go through a ring of kStages buffers, filled by
 // 16-byte cp.async; rows of 64 bytes are swizzled so that neither the copies nor ldmatrix meet a bank twice. Outside
@@ -109,7 +110,7 @@ PDN_HD DepthRange depth_range(const Plan& plan, int split) {
     return {begin, end < plan.depth_blocks ? end : plan.depth_blocks};
 }
 
-// One row's sums of a tap, scaled by the pixel that the tap read; also the value of a per-pixel 1x1 convolution.
+// One row's sum of a tap, scaled by the pixel that the tap read.
 PDN_HD float scaled_sum(const PixelGrid& g, int sum, int weight_sum) {
     return g.scale == 0.f ? 0.f : g.scale * static_cast<float>(sum - g.zero_point * weight_sum);
 }
@@ -134,7 +135,8 @@ __device__ __forceinline__ void mma_stage(uint32_t stage, int warp, int lane, bo
 #pragma unroll
         for (int i = 0; i < Tile::MT; ++i)
 #pragma unroll
-            for (int j = 0; j < Tile::NT; ++j) multiply(acc.sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+            for (int j = 0; j < Tile::NT; ++j)
+                multiply(acc.sums[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         if (count_weights)
 #pragma unroll
             for (int j = 0; j < Tile::NT; ++j) {
@@ -180,8 +182,8 @@ __device__ __forceinline__ void add_tap(const Problem& p, const Plan& plan, cons
 
 // Sums to shared memory, the zero point's share taken off.
 template <class Tile>
-__device__ __forceinline__ void stage_sums(const Problem& p, const Plan& plan, const TilePlace& tile, int warp, int lane,
-                                           const MmaSums<Tile>& acc, int* shared) {
+__device__ __forceinline__ void stage_sums(const Problem& p, const Plan& plan, const TilePlace& tile, int warp,
+                                           int lane, const MmaSums<Tile>& acc, int* shared) {
     const int zero_point = p.zero_point && !p.per_pixel ? *p.zero_point : 0;
     int w[Tile::NT][2];
 #pragma unroll
@@ -191,17 +193,14 @@ __device__ __forceinline__ void stage_sums(const Problem& p, const Plan& plan, c
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = Tile::sum_row(warp, lane, i, half);
-            PixelGrid g{};
-            if (p.per_pixel && tile.row + row < plan.rows) g = pixel_grid(p, position_of(p, tile.row + row), 0, 0);
+            int offset = zero_point;
+            if (p.per_pixel && p.zero_point && tile.row + row < plan.rows)
+                offset = pixel_grid(p, position_of(p, tile.row + row), 0, 0).zero_point;
 #pragma unroll
             for (int j = 0; j < Tile::NT; ++j) {
-                int2 out;
-                const int a = acc.sums[i][j][half * 2], b = acc.sums[i][j][half * 2 + 1];
-                if (p.per_pixel)
-                    out = {__float_as_int(scaled_sum(g, a, w[j][0])), __float_as_int(scaled_sum(g, b, w[j][1]))};
-                else
-                    out = {a - zero_point * w[j][0], b - zero_point * w[j][1]};
-                *reinterpret_cast<int2*>(shared + row * Tile::kPitch + Tile::sum_column(warp, lane, j)) = out;
+                const int at = row * Tile::kPitch + Tile::sum_column(warp, lane, j);
+                *reinterpret_cast<int2*>(shared + at) = {acc.sums[i][j][half * 2] - offset * w[j][0],
+                                                         acc.sums[i][j][half * 2 + 1] - offset * w[j][1]};
             }
         }
 }
@@ -256,8 +255,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 512 / Tile::kThreads)
         mma_stage<Tile>(base + block % Tile::kStages * Tile::kStageBytes, warp, lane, count_weights, acc);
         if constexpr (Tile::PER_TAP) {
             const int next = depth.begin + block + 1;
-            if (next % blocks_per_tap == 0 || block + 1 == blocks)
-                add_tap<Tile>(p, plan, tile, (next - 1) / blocks_per_tap, warp, lane, acc, total);
+            if (next % blocks_per_tap == 0)  // splits end with a tap, too
+                add_tap<Tile>(p, plan, tile, next / blocks_per_tap - 1, warp, lane, acc, total);
         }
     }
     copies_wait<0>();
