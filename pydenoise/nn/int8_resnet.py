@@ -1,0 +1,336 @@
+"""Int8ResnetBlock: the residual block of diffusion U-Nets, convolutions in int8 with everything else fused into them.
+
+``norm1 + activation + quantize -> conv1 (+ embedding) -> norm2 (+ FiLM) + activation + quantize -> conv2 (+ shortcut)``
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pydenoise.nn._blocks import (
+    Int8Block,
+    activation_name,
+    conv_layer,
+    float_group_norm,
+    group_normed,
+    run_conv,
+)
+from pydenoise.nn._int8 import Norm
+from pydenoise.nn._plans import Plans, ask
+from pydenoise.ops._arguments import check_choice
+from pydenoise.ops.norm_quantize import ACTIVATIONS
+from pydenoise.reference.weighted_conv import activate
+
+RESAMPLINGS = ("none", "up", "down")
+
+
+@dataclass(frozen=True)
+class ResnetSpec:
+    """A float residual block by its parts: what :meth:`Int8ResnetBlock.from_float` reads.
+
+    ``y = gain * (shortcut(resample(x)) + conv2(act(film(norm2(conv1(resample(act(norm1(x)))) + embedding)))))``
+
+    Attributes:
+        norm1, norm2: GroupNorm. conv1, conv2: Conv2d.
+        embedding: Linear from the time embedding to C_out channels that are added to conv1's output, or with ``film``
+            to 2 C_out: gain - 1 and shift behind norm2; ``None``: the block has none.
+        embedding_activation: in front of ``embedding``; "none" where the model activates the embedding itself.
+        shortcut: Conv2d, or ``None`` for the input itself.
+        activation: behind both norms. resample: "none", "up" (nearest x2) or "down" (mean of 2x2).
+        gain: of the sum; 1 / output_scale_factor, or the skip_scale of EDM.
+        names: what plans call conv1, conv2 and shortcut.
+    """
+
+    norm1: nn.Module
+    conv1: nn.Module
+    norm2: nn.Module
+    conv2: nn.Module
+    embedding: nn.Module | None = None
+    embedding_activation: str = "silu"
+    film: bool = False
+    shortcut: nn.Module | None = None
+    activation: str = "silu"
+    resample: str = "none"
+    gain: float = 1.0
+    names: tuple[str, str, str] = field(default=("conv1", "conv2", "conv_shortcut"))
+
+    def __post_init__(self):
+        check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("embedding_activation", self.embedding_activation, ACTIVATIONS)
+        check_choice("resample", self.resample, RESAMPLINGS)
+        if self.film and self.embedding is None:
+            raise ValueError("film: needs an embedding")
+        if not self.gain > 0:
+            raise ValueError(f"gain: expected a positive number, got {self.gain}")
+
+
+class Int8ResnetBlock(Int8Block):
+    """A residual block of a diffusion U-Net that runs in int8; made by :meth:`from_float`.
+
+    The norms are fused with the quantization of their results, the embedding, the residual and the nearest upsampling
+    with the convolutions. A skip connection is read where it lies: nothing is concatenated. The shortcut stays in float
+    unless its plan says otherwise; split along the skip connection, each half has scales of its own.
+    """
+
+    def __init__(self, spec: ResnetSpec, plans: Plans, skip_channels: int, shortcut_dtype: torch.dtype | None):
+        super().__init__()
+        conv1, conv2, shortcut = spec.names
+        self.activation, self.embedding_activation = spec.activation, spec.embedding_activation
+        self.film, self.resample, self.gain = spec.film, spec.resample, spec.gain
+        self.in_channels, self.skip_channels = spec.conv1.in_channels, skip_channels
+        self.norm1, self.norm2 = Norm.from_float(spec.norm1, "norm1"), Norm.from_float(spec.norm2, "norm2")
+        self.conv1 = conv_layer(spec.conv1, plans, conv1, normed=spec.resample != "down")
+        self.conv2 = conv_layer(spec.conv2, plans, conv2, gain=spec.gain, normed=True)
+        self.time_emb_proj = _frozen_linear(spec.embedding)
+        self.conv_shortcut = self.conv_shortcut_skip = None
+        if spec.shortcut is None:
+            return
+        whole = self.in_channels
+        kept = whole - skip_channels
+        options = {"gain": spec.gain, "dtype": shortcut_dtype}
+        first = (0, kept) if skip_channels else None
+        self.conv_shortcut = conv_layer(spec.shortcut, plans, shortcut, channels=first, **options)
+        if skip_channels:
+            self.conv_shortcut_skip = conv_layer(spec.shortcut, plans, shortcut, channels=(kept, whole), **options)
+
+    @classmethod
+    def from_float(
+        cls,
+        block: nn.Module | ResnetSpec,
+        plans: Plans = "per_pixel",
+        *,
+        skip_channels: int = 0,
+        shortcut: str = "float",
+        shortcut_dtype: torch.dtype | None = None,
+    ) -> "Int8ResnetBlock":
+        """The int8 block of a float one, which stays as it is.
+
+        Args:
+            block: diffusers' ``ResnetBlock2D``, OpenAI's ``ResBlock``, one of ``pydenoise.models``, or any other as a
+                :class:`ResnetSpec`.
+            plans: how each convolution is quantized: one scheme for all, a mapping from "conv1", "conv2" and
+                "conv_shortcut", or a function; a "float" scheme keeps a layer in float.
+            skip_channels: the last input channels, which :meth:`forward` then takes as ``skip``; 0 without one.
+            shortcut: "float", or "plans" to ask ``plans`` for it as well.
+            shortcut_dtype: of a float shortcut's weight, such as torch.bfloat16; ``None``: its own.
+
+        Raises:
+            TypeError, ValueError: a block of another kind, or a part of it that does not fit; the message names it.
+        """
+        spec = block if isinstance(block, ResnetSpec) else resnet_spec(block)
+        check_choice("shortcut", shortcut, ("float", "plans"))
+        if not 0 <= skip_channels < spec.conv1.in_channels:
+            raise ValueError(f"skip_channels: expected 0 to {spec.conv1.in_channels - 1}, got {skip_channels}")
+        if shortcut == "float":
+            plans = _with_float(plans, spec.names[2])
+        return cls(spec, plans, skip_channels, shortcut_dtype)
+
+    # ------------------------------------------------------------------------------------------------- forward
+
+    def project(self, temb: Tensor) -> Tensor | None:
+        """The block's own embedding, [N, C_out] or [N, 2 C_out], of the time embedding ``temb`` [N, E]."""
+        if self.time_emb_proj is None:
+            return None
+        linear = self.time_emb_proj
+        return linear(activate(temb, self.embedding_activation).to(linear.weight.dtype)).float()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        temb: Tensor | None = None,
+        skip: Tensor | None = None,
+        *,
+        embedding: Tensor | None = None,
+    ) -> Tensor:
+        """Run the block.
+
+        Args:
+            hidden_states: [N, C, H, W], float32, bfloat16 or float16; channels_last is fastest.
+            temb: [N, E]. embedding: what :meth:`project` makes of it, if the caller has it already.
+            skip: [N, skip_channels, H, W], read as if concatenated behind ``hidden_states``.
+
+        Returns:
+            [N, C_out, H', W'] in the input's dtype and channels_last memory.
+        """
+        self.check(hidden_states)
+        hidden_states, skip = self._parts(hidden_states, skip)
+        if embedding is None and temb is not None:
+            embedding = self.project(temb)
+        if self.time_emb_proj is not None and embedding is None:
+            raise ValueError("temb: the block has a time embedding, got None")
+        dtype, up = hidden_states.dtype, 2 if self.resample == "up" else 1
+        added, film = (None, embedding) if self.film else (embedding, None)
+        x = self._first_input(hidden_states, skip)
+        h = run_conv(self.conv1, x, dtype, channel_bias=added, upsample=up)
+        h = group_normed(self.conv2, self.norm2, h, film=film, activation=self.activation)
+        return run_conv(self.conv2, h, dtype, residual=self._residual(hidden_states, skip))
+
+    def _parts(self, hidden_states: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``hidden_states`` and ``skip``, checked; an input that was concatenated already is taken apart."""
+        expected = self.in_channels - self.skip_channels
+        if skip is None:
+            if hidden_states.shape[1] != self.in_channels:
+                raise ValueError(f"hidden_states: expected {self.in_channels} channels, got {hidden_states.shape[1]}")
+            if self.skip_channels:
+                return hidden_states[:, :expected], hidden_states[:, expected:]
+            return hidden_states, None
+        if not self.skip_channels:
+            raise ValueError("skip: the block was made without skip_channels")
+        if hidden_states.shape[1] != expected:
+            raise ValueError(f"hidden_states: expected {expected} channels, got {hidden_states.shape[1]}")
+        if skip.dim() != 4 or skip.shape[1] != self.skip_channels:
+            raise ValueError(f"skip: expected [N, {self.skip_channels}, H, W], got {tuple(skip.shape)}")
+        return hidden_states, skip.to(hidden_states.dtype)
+
+    def _first_input(self, hidden_states: Tensor, skip: Tensor | None):
+        if self.resample != "down":
+            return group_normed(self.conv1, self.norm1, hidden_states, skip=skip, activation=self.activation)
+        return _halved(float_group_norm(self.norm1, hidden_states, skip=skip, activation=self.activation))
+
+    def _residual(self, hidden_states: Tensor, skip: Tensor | None) -> Tensor:
+        """The shortcut. A 1x1 convolution runs on the smaller image: before upsampling, after halving."""
+        if self.resample == "down":
+            hidden_states, skip = _halved(hidden_states), None if skip is None else _halved(skip)
+        dtype = hidden_states.dtype
+        if self.conv_shortcut is not None:
+            wide = _is_wide(self.conv_shortcut) and self.resample == "up"
+            if wide:
+                hidden_states, skip = _doubled(hidden_states), None if skip is None else _doubled(skip)
+            result = run_conv(self.conv_shortcut, hidden_states, dtype)
+            if skip is not None:
+                result = run_conv(self.conv_shortcut_skip, skip, dtype, residual=result)
+            return _doubled(result) if self.resample == "up" and not wide else result
+        result = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=1)
+        result = result if self.gain == 1.0 else result * self.gain
+        return _doubled(result) if self.resample == "up" else result
+
+    def extra_repr(self) -> str:
+        text = f"skip_channels={self.skip_channels}, activation={self.activation}"
+        return text + (f", resample={self.resample}" if self.resample != "none" else "")
+
+
+def _halved(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2) if x.shape[0] else x.new_empty((0, x.shape[1], x.shape[2] // 2, x.shape[3] // 2))
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+
+def _is_wide(conv: nn.Module) -> bool:
+    """Whether it sees more than one pixel, so that upsampling before and after it are different things."""
+    return tuple(conv.kernel_size) != (1, 1)
+
+
+def _frozen_linear(linear: nn.Module | None) -> nn.Linear | None:
+    if linear is None:
+        return None
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"embedding: expected a torch.nn.Linear, got {type(linear).__name__}")
+    result = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    result.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
+    if linear.bias is not None:
+        result.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+    return result.eval()
+
+
+def _with_float(plans: Plans, name: str) -> Plans:
+    """``plans``, with the layer ``name`` in float."""
+    return lambda request: "float" if request.names[0] == name else ask(plans, request)
+
+
+# ------------------------------------------------------------------------------------------------ float blocks known
+
+
+def resnet_spec(block: nn.Module) -> ResnetSpec:
+    """The parts of a float residual block of a known kind, told by its attributes.
+
+    Raises:
+        TypeError: an unknown kind. ValueError: a known one with an option that has no int8 form.
+    """
+    for attribute, reader in (("time_embedding_norm", _diffusers), ("in_layers", _openai), ("film", _own)):
+        if hasattr(block, attribute):
+            return reader(block)
+    raise TypeError(
+        f"block: expected diffusers' ResnetBlock2D, OpenAI's ResBlock or a ResnetSpec, got {type(block).__name__}"
+    )
+
+
+def _diffusers(block: nn.Module) -> ResnetSpec:
+    """``diffusers.models.resnet.ResnetBlock2D``."""
+    kind = block.time_embedding_norm
+    if kind not in ("default", "scale_shift"):
+        raise ValueError(f"time_embedding_norm: expected 'default' or 'scale_shift', got {kind!r}")
+    activation = activation_name(block.nonlinearity, "nonlinearity")
+    return ResnetSpec(
+        block.norm1, block.conv1, block.norm2, block.conv2, getattr(block, "time_emb_proj", None),
+        "none" if getattr(block, "skip_time_act", False) else activation, kind == "scale_shift", block.conv_shortcut,
+        activation, _resampling(block.upsample, block.downsample), 1.0 / block.output_scale_factor,
+    )  # fmt: skip
+
+
+def _resampling(upsample: object, downsample: object) -> str:
+    """Which resampling a block does; refuses filters other than nearest and mean, and ones with weights."""
+    if upsample is None and downsample is None:
+        return "none"
+    if upsample is not None:
+        if (
+            isinstance(upsample, partial)
+            and upsample.func is F.interpolate
+            and upsample.keywords.get("mode") == "nearest"
+        ):
+            return "up"
+        plain = not getattr(upsample, "use_conv", True) and not getattr(upsample, "use_conv_transpose", False)
+        if plain and getattr(upsample, "norm", None) is None and getattr(upsample, "dims", 2) == 2:
+            return "up"
+        raise ValueError("upsample: expected nearest upsampling by 2 without weights")
+    if _calls(downsample, F.avg_pool2d) and _by_two(downsample.keywords):
+        return "down"
+    pool = getattr(downsample, "conv", None) or getattr(downsample, "op", None) or downsample
+    if isinstance(pool, nn.AvgPool2d) and _by_two(vars(pool)) and getattr(downsample, "norm", None) is None:
+        return "down"
+    raise ValueError("downsample: expected the mean of 2x2 pixels without weights")
+
+
+def _calls(value: object, function: object) -> bool:
+    return isinstance(value, partial) and value.func is function and not value.args
+
+
+def _by_two(options: dict) -> bool:
+    pair = ((2, 2), 2)
+    return options.get("kernel_size") in pair and options.get("stride") in pair and not options.get("padding", 0)
+
+
+def _openai(block: nn.Module) -> ResnetSpec:
+    """``ResBlock`` of OpenAI's guided-diffusion and of the latent-diffusion code."""
+    norm1, act, conv1 = block.in_layers[0], block.in_layers[1], block.in_layers[-1]
+    norm2, conv2 = block.out_layers[0], block.out_layers[-1]
+    changes = bool(getattr(block, "updown", False))
+    plain = isinstance(block.skip_connection, nn.Identity)
+    up = changes and "up" in type(block.h_upd).__name__.lower()
+    resample = _resampling(block.h_upd if up else None, None if up else block.h_upd) if changes else "none"
+    return ResnetSpec(
+        norm1, conv1, norm2, conv2, block.emb_layers[-1], activation_name(block.emb_layers[0], "emb_layers.0"),
+        bool(getattr(block, "use_scale_shift_norm", False)), None if plain else block.skip_connection,
+        activation_name(act, "in_layers.1"), resample,
+        names=(f"in_layers.{len(block.in_layers) - 1}", f"out_layers.{len(block.out_layers) - 1}", "skip_connection"),
+    )  # fmt: skip
+
+
+def _own(block: nn.Module) -> ResnetSpec:
+    """``pydenoise.models.unet.ResBlock``: FiLM of an embedding that is activated already."""
+    resample = "none"
+    if isinstance(block.resample, nn.Upsample):
+        if block.resample.mode != "nearest" or block.resample.scale_factor != 2:
+            raise ValueError("resample: expected nearest upsampling by 2")
+        resample = "up"
+    elif not isinstance(block.resample, nn.Identity):
+        resample = _resampling(None, block.resample)
+    spec = ResnetSpec(
+        block.norm1, block.conv1, block.norm2, block.conv2, block.film, "none", True, resample=resample,
+        names=("conv1", "conv2", "skip"),
+    )  # fmt: skip
+    return spec if isinstance(block.skip, nn.Identity) else replace(spec, shortcut=block.skip)
