@@ -1,16 +1,34 @@
 """Drop-in modules: the constructors and state_dicts of their torch.nn twins, and the int8 layers and blocks."""
 
+from pydenoise.nn._plans import Request
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
+from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
+from pydenoise.nn.int8_chain import Int8Chain
 from pydenoise.nn.int8_conv2d import Int8Conv2d
 from pydenoise.nn.int8_linear import Int8Linear
+from pydenoise.nn.int8_resnet import Int8ResnetBlock, ResnetSpec
+from pydenoise.nn.int8_sampling import Int8Downsample2D, Int8Upsample2D
+from pydenoise.nn.int8_transformer import Int8Transformer2D, Int8TransformerBlock
+from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 __all__ = [
+    "AttentionSpec",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
+    "Int8AttentionBlock",
+    "Int8Chain",
     "Int8Conv2d",
+    "Int8Downsample2D",
     "Int8Linear",
+    "Int8ResnetBlock",
+    "Int8Transformer2D",
+    "Int8TransformerBlock",
+    "Int8Upsample2D",
+    "Request",
+    "ResnetSpec",
+    "TimestepScales",
     "WeightedConv1d",
     "WeightedConv2d",
     "WeightedConv3d",

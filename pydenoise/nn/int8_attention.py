@@ -75,13 +75,22 @@ class Int8AttentionBlock(Int8Block):
         """
         return cls(block if isinstance(block, AttentionSpec) else attention_spec(block), plans)
 
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
         """``hidden_states`` [N, C, H, W], float32, bfloat16 or float16; the result has its shape and dtype, in
-        channels_last memory. A second argument, such as diffusers' ``temb``, must be ``None`` or unused here."""
+        channels_last memory.
+
+        Of diffusers' further arguments, the first two must be ``None`` and ``temb`` counts for nothing, as there.
+        """
         self.check(hidden_states)
-        for name in ("encoder_hidden_states", "attention_mask"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name}: the block attends to its own pixels only, expected None")
+        for name, value in (("encoder_hidden_states", encoder_hidden_states), ("attention_mask", attention_mask)):
+            if value is not None:
+                raise ValueError(f"{name}: the block attends to all of its own pixels, expected None")
         dtype, (height, width) = hidden_states.dtype, hidden_states.shape[2:]
         x = as_tokens(group_normed(self.to_qkv, self.group_norm, hidden_states, activation="none"))
         mixed = attend(run_linear(self.to_qkv, x, dtype).chunk(3, dim=-1), self.heads, self.scale)

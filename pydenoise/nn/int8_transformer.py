@@ -27,7 +27,7 @@ _MASKED = -10000.0  # added to the scores of tokens that a mask drops, as diffus
 
 
 class Int8Attention(Int8Block):
-    """Attention of a transformer block behind its LayerNorm, with the residual; part of :class:`Int8TransformerBlock`."""
+    """LayerNorm, attention and residual: a part of :class:`Int8TransformerBlock`."""
 
     def __init__(self, attention: nn.Module, norm: nn.Module, plans: Plans, name: str, crossed: bool):
         super().__init__()
@@ -74,7 +74,7 @@ class Int8Attention(Int8Block):
 
 
 class Int8FeedForward(Int8Block):
-    """The feed-forward part behind its LayerNorm, with the residual; part of :class:`Int8TransformerBlock`."""
+    """LayerNorm, two linear layers and residual: a part of :class:`Int8TransformerBlock`."""
 
     def __init__(self, feed_forward: nn.Module, norm: nn.Module, plans: Plans):
         super().__init__()
@@ -145,8 +145,8 @@ class Int8TransformerBlock(Int8Block):
 
         Args:
             hidden_states: [N, T, C], float32, bfloat16 or float16.
-            attention_mask, encoder_attention_mask: [N, S], 1 or True keeps a token; or added to the scores, [N, 1, S]
-                or [N, heads, T, S].
+            attention_mask, encoder_attention_mask: [N, S], 1 or True keeps a token; or [N, 1, S] or [N, heads, T, S],
+                added to the scores (boolean: True keeps).
             encoder_hidden_states: [N, S, C_e], what is attended to; or (codes, scale, zero point) of them.
             key_value: of the cross-attention, as ``attn2.key_value`` gave it, instead of ``encoder_hidden_states``.
 
@@ -168,10 +168,12 @@ class Int8TransformerBlock(Int8Block):
         needs = self.attn1.crossed or (self.attn2 is not None and self.attn2.crossed and key_value is None)
         if needs and context is None:
             raise ValueError("encoder_hidden_states: the block has cross-attention, got None")
+        if self.attn2 is not None and not self.attn2.crossed and context is not None:
+            raise ValueError("encoder_hidden_states: the block attends to its own tokens only, expected None")
 
 
 class Int8Transformer2D(Int8Block):
-    """Group norm, projection, transformer blocks and projection over images [N, C, H, W]; made by :meth:`from_float`."""
+    """Group norm, projection, transformer blocks, projection and residual over images; made by :meth:`from_float`."""
 
     def __init__(self, model: nn.Module, plans: Plans):
         super().__init__()
@@ -268,10 +270,9 @@ def score_bias(mask: Tensor | None, dtype: torch.dtype, name: str) -> Tensor | N
         return None
     if mask.dim() == 2:
         return ((1 - mask.to(dtype)) * _MASKED)[:, None, None, :]
-    if mask.dim() == 3:
-        return mask.to(dtype)[:, None]
-    if mask.dim() == 4:
-        return mask.to(dtype)
+    if mask.dim() in (3, 4):
+        mask = mask if mask.dtype == torch.bool else mask.to(dtype)
+        return mask[:, None] if mask.dim() == 3 else mask
     raise ValueError(f"{name}: expected [N, S], [N, 1, S] or [N, heads, T, S], got {tuple(mask.shape)}")
 
 
