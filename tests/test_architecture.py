@@ -19,7 +19,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops"}),
     frozenset({"functional", "densities", "explain", "testing"}),
     frozenset({"quantization"}),
-    frozenset({"nn", "samplers", "models", "imaging"}),
+    frozenset({"nn", "samplers", "models", "imaging", "recording"}),
     frozenset({"surgery"}),
     frozenset({"accelerate"}),
     frozenset({"benchmarks"}),
