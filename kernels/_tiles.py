@@ -16,7 +16,6 @@ from torch import Tensor
 
 MOST_CANDIDATES = 6
 MOST_WASTE = 1.4  # of the work spent on padding, relative to the tile that wastes least
-_FEWEST_IN_INTERPRETER = 16
 _MOST_IN_INTERPRETER = {
     "BLOCK_M": 1024, "BLOCK_O": 128, "BLOCK_K": 256, "BLOCK_C": 128, "BLOCK_R": 512, "BLOCK_P": 512,
 }  # fmt: skip
@@ -63,7 +62,7 @@ class Kernel:
 
     ``extents`` gives the problem's extent along each block axis, from the arguments. ``keys`` are the arguments that a
     timed choice depends on; without any, the default is taken. ``matrix``: the work is matrix products. ``whole`` names
-    a block axis that must cover its extent.
+    a block axis that must cover its extent where the argument WHOLE is true.
     """
 
     name: str
@@ -72,6 +71,7 @@ class Kernel:
     extents: Callable[[dict], dict[str, int]]
     keys: tuple[str, ...] = ()
     matrix: bool = False
+    whole: str = ""
     _tuners: list = field(default_factory=list)
 
     def candidates(self, arguments: dict) -> list[Variant]:
@@ -82,8 +82,11 @@ class Kernel:
             blocks = dict(variant.meta)
             return math.prod(-(-extent // blocks[axis]) * blocks[axis] for axis, extent in extents.items())
 
-        least = min(map(padded, self.variants))
-        return [v for v in self.variants if padded(v) <= MOST_WASTE * least][:MOST_CANDIDATES]
+        able = self.variants
+        if self.whole and arguments["WHOLE"]:
+            able = [v for v in able if dict(v.meta)[self.whole] >= extents[self.whole]]
+        least = min(map(padded, able))
+        return [v for v in able if padded(v) <= MOST_WASTE * least][:MOST_CANDIDATES]
 
     def tuned(self) -> triton.runtime.Autotuner:
         """The function with a timed choice among the candidates, made once."""
@@ -107,8 +110,9 @@ class Kernel:
         # Few, large tiles: the interpreter's time goes by steps, hardly by their size.
         meta = dict(self.variants[0].meta)
         for axis, extent in self.extents(arguments).items():
-            least = max(32, _FEWEST_IN_INTERPRETER) if axis == "BLOCK_K" else _FEWEST_IN_INTERPRETER
-            meta[axis] = max(least, min(_MOST_IN_INTERPRETER.get(axis, 4096), triton.next_power_of_2(extent)))
+            least = 32 if axis == "BLOCK_K" else 16  # what a product of int8 tiles needs
+            most = 4096 if axis == self.whole else _MOST_IN_INTERPRETER[axis]
+            meta[axis] = max(least, min(most, triton.next_power_of_2(extent)))
         return triton.Config(meta)
 
 
