@@ -42,7 +42,7 @@ PER_ISA_SOURCES = {
     "csrc/quantize/cpu.cpp": FLOAT_LEVELS,
     "csrc/norm_quantize/cpu.cpp": FLOAT_LEVELS,
     "csrc/int8_conv2d/cpu.cpp": INT8_LEVELS,
-    "csrc/core/peaks_isa.cpp": FLOAT_LEVELS,
+    "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
     "csrc/core/isa.cpp",

@@ -122,10 +122,11 @@ PYBIND11_MODULE(_C, m) {
             py::gil_scoped_release release;
             const double value = pdn::measure_peak(what.c_str(), seconds, threads);
             if (value < 0)
-                throw py::value_error("what: expected fma_f32, bf16_dot, read, copy or write, got '" + what + "'");
+                throw py::value_error("what: expected fma_f32, bf16_dot, vnni_dot, read, copy or write, got '" + what +
+                                      "'");
             return value;
         },
         py::arg("what"), py::arg("seconds") = 0.2, py::arg("threads") = 1,
-        "Best rate seen in repeated short bursts: operations per second (fma_f32, bf16_dot) or bytes per second (read, "
-        "copy: bytes read plus bytes written, write). bf16_dot is 0 where the processor lacks it.");
+        "Best rate seen in repeated short bursts: operations (fma_f32, bf16_dot, vnni_dot) or bytes (read, copy: "
+        "bytes read plus bytes written, write) per second. 0 where the ISA level in use lacks the instruction.");
 }

@@ -15,7 +15,9 @@ namespace pdn {
 extern const Bursts bursts_baseline;
 #if defined(__x86_64__)
 extern const Bursts bursts_avx2;
+extern const Bursts bursts_avx2vnni;
 extern const Bursts bursts_avx512;
+extern const Bursts bursts_avx512vnni;
 extern const Bursts bursts_avx512bf16;
 #endif
 
@@ -24,11 +26,7 @@ namespace {
 const Bursts* const kBursts[kIsaCount] = {
     &bursts_baseline,
 #if defined(__x86_64__)
-    &bursts_avx2,
-    &bursts_avx2,  // avx2vnni: nothing more for floats
-    &bursts_avx512,
-    &bursts_avx512,  // avx512vnni
-    &bursts_avx512bf16,
+    &bursts_avx2,     &bursts_avx2vnni, &bursts_avx512, &bursts_avx512vnni, &bursts_avx512bf16,
 #endif
 };
 
@@ -54,13 +52,25 @@ double stream(const char* what, uint64_t* a, uint64_t* b) {
     return bytes;
 }
 
+// The arithmetic called `what` at this level; null if it has none, or if `what` is no arithmetic.
+auto burst_of(const char* what) -> double (*)(int64_t) {
+    const Bursts& bursts = *kBursts[static_cast<int>(active_isa())];
+    if (std::strcmp(what, "fma_f32") == 0) return bursts.fma_f32;
+    if (std::strcmp(what, "bf16_dot") == 0) return bursts.bf16_dot;
+    return std::strcmp(what, "vnni_dot") == 0 ? bursts.vnni_dot : nullptr;
+}
+
+bool is_arithmetic(const char* what) {
+    return std::strcmp(what, "fma_f32") == 0 || std::strcmp(what, "bf16_dot") == 0 ||
+           std::strcmp(what, "vnni_dot") == 0;
+}
+
 // The best burst of one thread within its time, as a rate.
 double best_rate(const char* what, double seconds) {
-    const Bursts& bursts = *kBursts[static_cast<int>(active_isa())];
-    const bool fma = std::strcmp(what, "fma_f32") == 0, dot = std::strcmp(what, "bf16_dot") == 0;
-    if (dot && bursts.bf16_dot == nullptr) return 0;
+    const auto burst = burst_of(what);
     std::unique_ptr<uint64_t[]> a, b;
-    if (!fma && !dot) {
+    if (burst == nullptr) {
+        if (is_arithmetic(what)) return 0;
         a.reset(new uint64_t[static_cast<size_t>(kStreamWords)]());
         b.reset(new uint64_t[static_cast<size_t>(kStreamWords)]());
     }
@@ -68,9 +78,7 @@ double best_rate(const char* what, double seconds) {
     const auto end = Clock::now() + std::chrono::duration<double>(seconds);
     do {
         const auto start = Clock::now();
-        const double done = fma   ? bursts.fma_f32(100000)
-                            : dot ? bursts.bf16_dot(100000)
-                                  : stream(what, a.get(), b.get());
+        const double done = burst != nullptr ? burst(100000) : stream(what, a.get(), b.get());
         const double rate = done / std::chrono::duration<double>(Clock::now() - start).count();
         if (rate > best) best = rate;
     } while (Clock::now() < end);
@@ -80,8 +88,8 @@ double best_rate(const char* what, double seconds) {
 }  // namespace
 
 double measure_peak(const char* what, double seconds, int threads) {
-    bool known = false;
-    for (const char* name : {"fma_f32", "bf16_dot", "read", "copy", "write"}) known |= std::strcmp(what, name) == 0;
+    bool known = is_arithmetic(what);
+    for (const char* name : {"read", "copy", "write"}) known |= std::strcmp(what, name) == 0;
     if (!known) return -1;
     std::vector<double> rates(static_cast<size_t>(threads < 1 ? 1 : threads));
     std::vector<std::thread> others;

@@ -45,12 +45,38 @@ double burst_bf16(int64_t rounds) {
 }
 #endif
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+double burst_vnni(int64_t rounds) {
+    vi acc[kChains];
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) acc[i] = vi{};
+    vi x = vi{} + 0x01010101;
+    for (int64_t r = 0; r < rounds; ++r) {
+#pragma GCC unroll 12
+        for (int i = 0; i < kChains; ++i)
+#if defined(__AVX512VNNI__)
+            asm volatile("vpdpbusd %1, %1, %0" : "+v"(acc[i]) : "v"(x));
+#else
+            asm volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(acc[i]) : "x"(x));  // else assemblers take EVEX
+#endif
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) sink = static_cast<float>(acc[i][0]);
+    return 8.0 * kWidth * kChains * static_cast<double>(rounds);
+}
+#endif
+
 }  // namespace
 
 extern const Bursts PDN_JOIN(bursts_, PDN_ISA);
 const Bursts PDN_JOIN(bursts_, PDN_ISA) = {burst_fma,
 #if defined(__AVX512BF16__)
-                                           burst_bf16
+                                           burst_bf16,
+#else
+                                           nullptr,
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+                                           burst_vnni
 #else
                                            nullptr
 #endif
