@@ -146,11 +146,13 @@ class LayerStatistics:
         tokens = row.reshape(-1, self.channels)
         count = min(self._size[0], tokens.shape[0])
 
-        def make() -> Tensor:
-            start = self.reservoir.draw(tokens.shape[0] // count)  # every count-th token, from a drawn start
-            return tokens[start :: tokens.shape[0] // count][:count].float().cpu().clone()
+        step = tokens.shape[0] // count
 
-        self.reservoir.offer(bucket, make)
+        def make() -> Tensor:  # tokens at equal distances, from a drawn start
+            return tokens[self.reservoir.draw(step) :: step][:count].float().cpu().clone()
+
+        for _ in range(min(_MOST_CROPS, step)):
+            self.reservoir.offer(bucket, make)
 
     # ---------------------------------------------------------------------------------------------------- reading
 

@@ -42,7 +42,13 @@ class LayerPlan:
 
 
 def plan_layer(
-    layer: nn.Module, statistics: LayerStatistics | None, scheme: Scheme, name: str | None = None
+    layer: nn.Module,
+    statistics: LayerStatistics | None,
+    scheme: Scheme,
+    name: str | None = None,
+    *,
+    factors: Tensor | None = None,
+    samples: list[simulation.Sample] | None = None,
 ) -> LayerPlan:
     """Quantize one layer as ``scheme`` says.
 
@@ -52,6 +58,9 @@ def plan_layer(
             ``bias_correction``.
         scheme: not "float". "per_pixel" and "per_token" stand for each other, by the kind of layer.
         name: of the layer; default: that of the statistics.
+        factors: [C_in], positive: divide the input's channels by these, in place of those of ``scheme.smooth`` (layers
+            that read one tensor must share them to share its codes).
+        samples: ``sample_outputs(layer, statistics)``, where they are at hand.
 
     Raises:
         TypeError: another kind of layer. ValueError: a float scheme; statistics that are missing, empty, of another
@@ -66,10 +75,13 @@ def plan_layer(
     scheme = scheme.for_kind(kind)
     _check_statistics(layer, kind, statistics, scheme, name)
     weight, groups = layer.weight.detach().float(), getattr(layer, "groups", 1)
-    factors = None
-    if scheme.smooth is not None:
+    if factors is not None:
+        _check_factors(factors, statistics)
+        factors = factors.detach().float().to(weight.device)
+    elif scheme.smooth is not None:
         amax = statistics.channel_amax.to(weight.device)
         factors = smoothing_factors(amax, input_channel_amax(weight, groups), scheme.smooth)
+    if factors is not None:
         weight = scale_input_channels(weight, factors, groups)
     codes, weight_scale = quantize_weight(weight, clip=scheme.weight_clip)
     bias = None if layer.bias is None else layer.bias.detach().float().clone()
@@ -80,7 +92,7 @@ def plan_layer(
         None if scale is None else scale.to(device), None if zero_point is None else zero_point.to(device),
         None if factors is None else 1.0 / factors,
     )  # fmt: skip
-    return corrected(plan, layer, statistics) if scheme.bias_correction else plan
+    return corrected(plan, layer, statistics, samples) if scheme.bias_correction else plan
 
 
 def input_parameters(
@@ -108,12 +120,12 @@ def input_parameters(
     return scale, zero_point
 
 
-def corrected(plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics) -> LayerPlan:
+def corrected(
+    plan: LayerPlan, layer: nn.Module, statistics: LayerStatistics, samples: list[simulation.Sample] | None = None
+) -> LayerPlan:
     """``plan`` with the mean error that it makes on the samples taken out by its bias."""
-    pairs = (
-        (simulation.float_output(layer, x), simulation.simulate(plan, layer, x, bucket))
-        for bucket, x in simulation.sample_batches(statistics, plan.weight.device)
-    )
+    known = simulation.sample_outputs(layer, statistics) if samples is None else samples
+    pairs = ((expected, simulation.simulate(plan, layer, x, bucket)) for bucket, x, expected in known)
     shift = bias_correction(pairs, 1 if plan.kind == "conv2d" else -1)
     return replace(plan, bias=shift if plan.bias is None else plan.bias + shift)
 
@@ -135,6 +147,14 @@ def _check_statistics(
         raise ValueError(f"statistics: layer {name!r} was never called during calibration")
     if scheme.granularity == "per_timestep" and scheme.buckets != len(statistics.counts):
         raise ValueError(f"scheme: has {scheme.buckets} buckets, the calibration {len(statistics.counts)}")
+
+
+def _check_factors(factors: Tensor, statistics: LayerStatistics | None) -> None:
+    channels = len(factors) if statistics is None else statistics.channels
+    if tuple(factors.shape) != (channels,):
+        raise ValueError(f"factors: expected [{channels}], got {list(factors.shape)}")
+    if not (torch.isfinite(factors).all() and (factors > 0).all()):
+        raise ValueError("factors: expected positive, finite numbers")
 
 
 def _nearest_seen(seen: Tensor) -> Tensor:

@@ -71,6 +71,15 @@ def sample_batches(statistics: LayerStatistics, device: torch.device | str = "cp
     return [(key[0], torch.stack(samples).to(device)) for key, samples in together.items()]
 
 
+Sample = tuple[int, Tensor, Tensor]
+
+
+def sample_outputs(layer: nn.Module, statistics: LayerStatistics) -> list[Sample]:
+    """(bucket, input, the layer's full-precision output) of all samples, on the layer's device."""
+    batches = sample_batches(statistics, layer.weight.device)
+    return [(bucket, x, float_output(layer, x)) for bucket, x in batches]
+
+
 def _apply(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, padded: bool) -> Tensor:
     if not isinstance(layer, nn.Conv2d):
         return F.linear(x, weight, bias)

@@ -69,7 +69,7 @@ def equalize(
     groups: int = 1,
     activation: str = "relu",
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Fold ``factors`` into two layers with a positively homogeneous activation between them: the same network, exactly.
+    """Fold ``factors`` into two layers with a positively homogeneous activation between them: exactly the same net.
 
     What passes between the layers is divided by ``factors``. The producer's codes do not change (each output channel
     has a scale of its own); the consumer's input fits one scale better.
