@@ -1,4 +1,4 @@
-"""CPU rows of ``int8_linear``, which runs on the engine of ``int8_conv2d``: tokens are the pixels of a one-row image."""
+"""CPU rows of ``int8_linear``: on the engine of ``int8_conv2d``, with tokens as the pixels of an image of one row."""
 
 import torch
 from torch import Tensor
