@@ -13,7 +13,7 @@ from pydenoise.quantization.search import search_range
 from pydenoise.quantization.smoothing import input_channel_amax, scale_input_channels, smoothing_factors
 from pydenoise.quantization.weights import quantize_weight
 
-_SEARCH_VALUES = 1 << 14  # samples of one bucket that a clip search looks at
+_SEARCH_VALUES = 1 << 14  # samples of one range that a clip search looks at
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Clip search: narrower ranges that lose a few large values and keep the many small ones better.
 
 The range is shrunk in steps of 1 %, and the one with the least mean ``|x - x_hat| ** 2.4`` is taken. Source: the public
-code of PTQ4DM (arXiv 2211.15736; 80 shrinks) and Q-Diffusion (100). Affine ranges may also be shrunk at one end only:
-after SiLU or GELU the short end carries most of the values.
+code of PTQ4DM (arXiv 2211.15736; 80 shrinks) and Q-Diffusion (100). Affine ranges may also be shrunk at the
+farther end only: after SiLU or GELU the nearer one carries most of the values.
 """
 
 import torch
@@ -66,24 +66,24 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     missing = torch.isnan(values)
     x = values.masked_fill(missing, 0.0) if missing.any() else values  # zeros are kept exactly: no error
-    best_low, best_high = low, high
-    least = _error(x, low, high, symmetric, exponent)
-    one_sided = not symmetric and bool(((low < 0) & (high > 0)).any())
-    for index in range(1, shrinks):
-        factor = 1.0 - STEP * index
-        ends = [(low * factor, high * factor)]
-        if one_sided:
-            ends += [(low, high * factor), (low * factor, high)]
-        for new_low, new_high in ends:
-            error = _error(x, new_low, new_high, symmetric, exponent)
-            better = error < least
-            least = torch.where(better, error, least)
-            best_low, best_high = torch.where(better, new_low, best_low), torch.where(better, new_high, best_high)
-    return best_low, best_high
+    lows, highs = _candidates(low, high, symmetric, shrinks)
+    scales, zero_points = numbers.range_parameters(lows, highs, symmetric)
+    errors = []
+    for index, scale in enumerate(scales):
+        offset = None if zero_points is None else zero_points[index].unsqueeze(1).to(x.dtype)
+        kept = numbers.fake_quantize(x, scale.unsqueeze(1), offset)
+        errors.append(kept.sub_(x).abs_().pow_(exponent).sum(1))
+    best = torch.stack(errors).argmin(0, keepdim=True)  # the widest of equals
+    return lows.gather(0, best)[0], highs.gather(0, best)[0]
 
 
-def _error(x: Tensor, low: Tensor, high: Tensor, symmetric: bool, exponent: float) -> Tensor:
-    scale, zero_point = numbers.range_parameters(low, high, symmetric)
-    offset = None if zero_point is None else zero_point.unsqueeze(1)
-    kept = numbers.fake_quantize(x, scale.unsqueeze(1), offset)
-    return kept.sub_(x).abs_().pow_(exponent).sum(1)
+def _candidates(low: Tensor, high: Tensor, symmetric: bool, shrinks: int) -> tuple[Tensor, Tensor]:
+    """[candidates, rows] ends of ranges: both ends shrunk, then the farther end alone where there are two."""
+    factors = 1.0 - STEP * torch.arange(shrinks, dtype=low.dtype, device=low.device).unsqueeze(1)
+    lows, highs = low * factors, high * factors
+    if symmetric or not ((low < 0) & (high > 0)).any():
+        return lows, highs
+    farther = -low > high
+    one_low = torch.where(farther, lows, low.expand_as(lows))
+    one_high = torch.where(farther, high.expand_as(highs), highs)
+    return torch.cat((lows, one_low[1:])), torch.cat((highs, one_high[1:]))
