@@ -1,0 +1,230 @@
+// Floats to int8 codes, and what the ops that write codes share: scales from ranges, lanes at the end of a row, a fast
+// sigmoid. Included once per ISA level.
+#pragma once
+
+#include "epilogue.inl"
+#include "fp16.h"
+
+namespace pdn {
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------- rows
+
+// All lanes of a vector; where a row is shorter than a vector, an int takes its place.
+struct AllLanes {};
+
+template <class T>
+PDN_INLINE vf load_lanes(const T* p, AllLanes) {
+    return load(p);
+}
+template <class T>
+PDN_INLINE vf load_lanes(const T* p, int n) {
+    return load_partial(p, n);
+}
+template <class T>
+PDN_INLINE void store_lanes(T* p, vf v, AllLanes) {
+    store(p, v);
+}
+template <class T>
+PDN_INLINE void store_lanes(T* p, vf v, int n) {
+    store_partial(p, v, n);
+}
+
+// body(first, lanes) for the vectors of a row. The last one overlaps the one before it where the row does not end with
+// a vector: what `body` does must bear being done twice. Lanes past a row shorter than a vector hold zeros.
+template <class Body>
+PDN_INLINE void each_vector(int64_t count, const Body& body) {
+    if (count < kWidth) {
+        if (count > 0) body(static_cast<int64_t>(0), static_cast<int>(count));
+        return;
+    }
+    int64_t first = 0;
+    for (; first + kWidth <= count; first += kWidth) body(first, AllLanes{});
+    if (first < count) body(count - kWidth, AllLanes{});
+}
+
+// --------------------------------------------------------------------------------------------------------- codes
+
+constexpr float kFarCode = 1024.f;  // beyond every code minus every zero point
+
+// One scale and zero point. `lowest` is -127 where symmetric, -128 where affine.
+struct Codes {
+    float scale;
+    int32_t zero_point, lowest;
+};
+
+PDN_INLINE Codes codes_of(float scale, const int32_t* zero_point) {
+    if (zero_point == nullptr) return {scale, 0, -127};
+    return {scale, *zero_point, -128};
+}
+
+// To -kFarCode..kFarCode; NaN becomes 0.
+PDN_INLINE vf within_codes(vf v) {
+#if defined(__AVX512F__)
+    const __mmask16 number = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q);
+    const __m512 low = _mm512_maskz_max_ps(number, (__m512)v, _mm512_set1_ps(-kFarCode));
+    return (vf)_mm512_min_ps(low, _mm512_set1_ps(kFarCode));
+#elif defined(__AVX2__)
+    const __m256 number = _mm256_cmp_ps((__m256)v, (__m256)v, _CMP_ORD_Q);
+    const __m256 low = _mm256_max_ps(_mm256_and_ps(number, (__m256)v), _mm256_set1_ps(-kFarCode));
+    return (vf)_mm256_min_ps(low, _mm256_set1_ps(kFarCode));
+#elif defined(__SSE2__)
+    const __m128 number = _mm_cmpord_ps((__m128)v, (__m128)v);
+    const __m128 low = _mm_max_ps(_mm_and_ps(number, (__m128)v), _mm_set1_ps(-kFarCode));
+    return (vf)_mm_min_ps(low, _mm_set1_ps(kFarCode));
+#else
+    return vmin(vmax(select(v != v, vf{}, v), splat(-kFarCode)), splat(kFarCode));
+#endif
+}
+
+// To the nearest integer, ties to even; for |v| < 2^22.
+PDN_INLINE vi round_even(vf v) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtps_epi32((__m512)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtps_epi32((__m256)v);
+#elif defined(__SSE2__)
+    return (vi)_mm_cvtps_epi32((__m128)v);
+#else
+    const vf magic = splat(12582912.f);
+    return (vi)(v + magic) - (vi)magic;
+#endif
+}
+
+// `n` bytes at p: the codes, clamped to lowest..127.
+PDN_INLINE void store_codes(int8_t* p, vi codes, int lowest, AllLanes) {
+#if defined(__AVX512F__)
+    const __m128i bytes = _mm512_cvtsepi32_epi8((__m512i)codes);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_max_epi8(bytes, _mm_set1_epi8(static_cast<char>(lowest))));
+#elif defined(__AVX2__)
+    const __m128i low = _mm256_castsi256_si128((__m256i)codes), high = _mm256_extracti128_si256((__m256i)codes, 1);
+    const __m128i words = _mm_packs_epi32(low, high);
+    const __m128i bytes = _mm_max_epi8(_mm_packs_epi16(words, words), _mm_set1_epi8(static_cast<char>(lowest)));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), bytes);
+#elif defined(__SSE2__)
+    const __m128i least = _mm_set1_epi16(static_cast<short>(lowest));
+    const __m128i words = _mm_max_epi16(_mm_packs_epi32((__m128i)codes, (__m128i)codes), least);
+    const int bytes = _mm_cvtsi128_si32(_mm_packs_epi16(words, words));
+    std::memcpy(p, &bytes, sizeof bytes);
+#else
+    for (int i = 0; i < kWidth; ++i)
+        p[i] = static_cast<int8_t>(codes[i] < lowest ? lowest : codes[i] > 127 ? 127 : codes[i]);
+#endif
+}
+
+PDN_INLINE void store_codes(int8_t* p, vi codes, int lowest, int n) {
+    int8_t lanes[kWidth];
+    store_codes(lanes, codes, lowest, AllLanes{});
+    std::memcpy(p, lanes, static_cast<size_t>(n));
+}
+
+// clamp(rint(v / scale) + zero_point) with a true division: exact.
+template <class Lanes>
+PDN_INLINE void quantize_lanes(int8_t* p, vf v, const Codes& codes, Lanes lanes) {
+    store_codes(p, round_even(within_codes(v / codes.scale)) + codes.zero_point, codes.lowest, lanes);
+}
+
+// The same for a value that is divided by the scale already and is no NaN.
+template <class Lanes>
+PDN_INLINE void store_scaled(int8_t* p, vf v, int32_t zero_point, int lowest, Lanes lanes) {
+#if defined(__AVX512F__)
+    v = (vf)_mm512_range_ps((__m512)v, _mm512_set1_ps(kFarCode), 2);  // the smaller magnitude, the sign of v
+#elif defined(__AVX2__)
+    v = (vf)_mm256_min_ps(_mm256_max_ps((__m256)v, _mm256_set1_ps(-kFarCode)), _mm256_set1_ps(kFarCode));
+#else
+    v = within_codes(v);
+#endif
+    store_codes(p, round_even(v) + zero_point, lowest, lanes);
+}
+
+// -------------------------------------------------------------------------------------------------- dynamic scales
+
+// Smallest and largest of zero and the values seen, and whether one was NaN.
+struct Range {
+    vf low{}, high{};
+    vi nan{};
+
+    PDN_INLINE void add(vf v) {
+#if defined(__AVX512F__)
+        low = (vf)_mm512_min_ps((__m512)v, (__m512)low);  // the second operand where one is NaN
+        high = (vf)_mm512_max_ps((__m512)v, (__m512)high);
+        const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+        nan = (vi)_mm512_mask_set1_epi32((__m512i)nan, is_nan, -1);
+#else
+        low = vmin(v, low);
+        high = vmax(v, high);
+        nan |= v != v;
+#endif
+    }
+};
+
+PDN_INLINE float lowest_of(vf v) {
+    float least = v[0];
+    for (int i = 1; i < kWidth; ++i) least = v[i] < least ? v[i] : least;
+    return least;
+}
+
+PDN_INLINE bool any(vi mask) {
+    int32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= mask[i];
+    return bits != 0;
+}
+
+// Affine: scale = (high - low) / 255 over a range that includes zero; symmetric: amax / 127, zero point 0. A scale too
+// small for a normal float becomes 1; NaN among the values makes the scale NaN.
+PDN_INLINE Codes codes_of(const Range& range, bool symmetric) {
+    const float low = lowest_of(range.low), high = -lowest_of(-range.high);
+    float scale = symmetric ? (-low > high ? -low : high) / 127.f : (high - low) / 255.f;
+    if (any(range.nan)) scale = __builtin_nanf("");
+    if (scale < 1.17549435e-38f) scale = 1.f;
+    if (symmetric) return {scale, 0, -127};
+    const float zero_point = __builtin_rintf(-128.f - low / scale);
+    const float within = zero_point < -128.f ? -128.f : zero_point > 127.f ? 127.f : zero_point;
+    return {scale, within == within ? static_cast<int32_t>(within) : 0, -128};
+}
+
+// ----------------------------------------------------------------------------------------------------- activation
+
+constexpr float kMinusLog2e = -1.44269504088896341f;
+
+// 1 / (1 + 2^t), to about 3e-7 relative; for t = -x log2(e) the logistic function of x. NaN stays NaN.
+PDN_INLINE vf logistic_exp2(vf t) {
+#if defined(__AVX512F__)
+    const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(120.f), (__m512)t);  // the second operand where one is NaN
+    const __m512 r = _mm512_reduce_ps(bounded, 0x09);                        // minus its floor: 0 <= r < 1
+    __m512 e = _mm512_set1_ps(1.87757658e-3f);                               // 2^r, fitted to 8e-8
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(8.98934063e-3f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(5.58263175e-2f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(2.40153611e-1f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(6.93153083e-1f));
+    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(9.9999994e-1f));
+    const __m512 d = _mm512_add_ps(_mm512_scalef_ps(e, bounded), _mm512_set1_ps(1.f));
+    const __m512 guess = _mm512_rcp14_ps(d);
+    return (vf)_mm512_mul_ps(guess, _mm512_fnmadd_ps(d, guess, _mm512_set1_ps(2.f)));
+#else
+    const vf bounded = select(t < -120.f, splat(-120.f), select(t > 120.f, splat(120.f), t));
+    const vf magic = splat(12582912.f);  // adding it rounds to an integer
+    const vf shifted = bounded + magic;
+    const vf r = bounded - (shifted - magic);
+    vf e = splat(1.32764713e-3f);  // 2^r, fitted to 8e-8
+    e = e * r + 9.67554096e-3f;
+    e = e * r + 5.55071309e-2f;
+    e = e * r + 2.40221202e-1f;
+    e = e * r + 6.93146944e-1f;
+    e = e * r + 1.00000012f;
+    return 1.f / (1.f + e * (vf)(((vi)shifted - (vi)magic + 127) << 23));
+#endif
+}
+
+// x * logistic(x); 0 for minus infinity.
+PDN_INLINE vf fast_silu(vf x) {
+#if defined(__AVX512F__)
+    const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(-120.f), (__m512)x);  // the second operand where one is NaN
+#else
+    const vf bounded = select(x < -120.f, splat(-120.f), x);
+#endif
+    return bounded * logistic_exp2(x * kMinusLog2e);
+}
+
+}  // namespace
+}  // namespace pdn
