@@ -218,3 +218,27 @@ from pydenoise.ops._rows import int8_conv2d_cpu, int8_conv2d_cuda, int8_conv2d_t
 for _module in (int8_conv2d_cpu, int8_conv2d_triton, int8_conv2d_cuda):
     for _row in _module.ROWS:
         registry.register(_row)
+
+
+# -------------------------------------------------------------------------------------------------- packed weights
+
+pack = int8_conv2d_cpu.pack
+
+
+def int8_conv2d_packed(
+    input: Tensor, packed: int8_conv2d_cpu.PackedInt8, input_scale, weight_scale, input_zero_point, bias, padding,
+    channel_bias, film, residual, activation, out_dtype, out_scale, out_zero_point, upsample,
+) -> Tensor:  # fmt: skip
+    """Run a convolution whose weight was packed once: the inference path of the modules.
+
+    ``packed`` comes from :func:`pack`; the other arguments are as :func:`prepare` returns them.
+
+    Raises:
+        ValueError: ``input`` does not have the channels of the packed weight.
+    """
+    if input.dim() != 4 or input.shape[1] != packed.in_channels:
+        raise ValueError(f"input: expected [N, {packed.in_channels}, H, W], got shape {tuple(input.shape)}")
+    return int8_conv2d_cpu.run_packed(
+        input, packed, input_scale, weight_scale, input_zero_point, bias, padding, channel_bias, film, residual,
+        activation, out_dtype, out_scale, out_zero_point, upsample,
+    )  # fmt: skip

@@ -119,3 +119,27 @@ from pydenoise.ops._rows import int8_linear_cpu, int8_linear_cuda, int8_linear_t
 for _module in (int8_linear_cpu, int8_linear_triton, int8_linear_cuda):
     for _row in _module.ROWS:
         registry.register(_row)
+
+
+# -------------------------------------------------------------------------------------------------- packed weights
+
+pack = int8_linear_cpu.pack
+
+
+def int8_linear_packed(
+    input: Tensor, packed: int8_linear_cpu.PackedInt8, input_scale, weight_scale, input_zero_point, bias, residual,
+    activation, out_dtype, out_scale, out_zero_point,
+) -> Tensor:  # fmt: skip
+    """Run a product whose weight was packed once: the inference path of the modules.
+
+    ``packed`` comes from :func:`pack`; the other arguments are as :func:`prepare` returns them.
+
+    Raises:
+        ValueError: ``input`` does not have the channels of the packed weight.
+    """
+    if input.dim() < 1 or input.shape[-1] != packed.in_channels:
+        raise ValueError(f"input: expected [..., {packed.in_channels}], got shape {tuple(input.shape)}")
+    return int8_linear_cpu.run_packed(
+        input, packed, input_scale, weight_scale, input_zero_point, bias, residual, activation, out_dtype, out_scale,
+        out_zero_point,
+    )  # fmt: skip
