@@ -67,9 +67,10 @@ def dynamic_parameters(low, high, nan, SYMMETRIC: tl.constexpr):
     scale = tl.where(scale < 1.1754943508222875e-38, 1.0, scale)
     scale = tl.where(nan > 0, float("nan"), scale)
     if SYMMETRIC:
-        return scale, tl.zeros_like(scale)
-    zero_point = rounded(-128.0 - tl.div_rn(low, scale))
-    return scale, tl.minimum(tl.maximum(zero_point, -128.0), 127.0)
+        zero_point = tl.zeros_like(scale)
+    else:
+        zero_point = tl.minimum(tl.maximum(rounded(-128.0 - tl.div_rn(low, scale)), -128.0), 127.0)
+    return scale, zero_point
 
 
 # ----------------------------------------------------------------------------------------------------------- epilogue
@@ -130,11 +131,11 @@ WEIGHT_SUMS = Kernel(
 )
 
 
-def plan_weight_sums(weight: Tensor) -> tuple[Tensor, Launch]:
-    """(int32 sums over the last dim of dense ``weight``, the launch that writes them)."""
+def plan_weight_sums(weight: Tensor) -> tuple[Tensor, list[Launch]]:
+    """(int32 sums over the last dim of dense ``weight``, the one launch that writes them)."""
     sums = torch.empty(weight.shape[:-1], dtype=torch.int32, device=weight.device)
     rows = sums.numel()
     arguments = {
         "weight": weight, "sums": sums, "rows": rows, "columns": weight.shape[-1], "tune": rows.bit_length(),
     }  # fmt: skip
-    return sums, Launch(WEIGHT_SUMS, arguments, lambda meta: (triton.cdiv(rows, meta["BLOCK_R"]),))
+    return sums, [Launch(WEIGHT_SUMS, arguments, lambda meta: (triton.cdiv(rows, meta["BLOCK_R"]),))]

@@ -47,7 +47,8 @@ def _source(h, w, in_h, in_w, UPSAMPLE: tl.constexpr):
     """(inside, h, w) of the pixel that is read for a position of the image as enlarged, whose size is in_h, in_w."""
     inside = (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
     if UPSAMPLE == 2:
-        return inside, h >> 1, w >> 1
+        h = h >> 1
+        w = w >> 1
     return inside, h, w
 
 
@@ -103,7 +104,7 @@ def conv_kernel(
     pixels, groups, in_channels, out_channels, x_n, x_h, x_w, w_tap, w_out,
     in_h, in_w, out_h, out_w, stride_h, stride_w, top, left, dilation_h, dilation_w, taps_h, taps_w,
     tune,
-    PER_PIXEL: tl.constexpr, GATHER: tl.constexpr, SHARE: tl.constexpr, UPSAMPLE: tl.constexpr, WIDE: tl.constexpr,
+    GATHER: tl.constexpr, SHARE: tl.constexpr, UPSAMPLE: tl.constexpr, WIDE: tl.constexpr,
     RAW: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -132,35 +133,6 @@ def conv_kernel(
     x_rows = x + n.to(tl.int64) * x_n + group.to(tl.int64) * in_channels
     w_columns = weight + channel.to(tl.int64) * w_out
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
-
-    if PER_PIXEL:
-        y_tile = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
-        source_h = in_h // UPSAMPLE
-        source_w = in_w // UPSAMPLE
-        for tap in range(0, taps):
-            j_h = tap // taps_w
-            j_w = tap - j_h * taps_w
-            inside, row_h, row_w = _source(
-                from_h + j_h * dilation_h, from_w + j_w * dilation_w, in_h, in_w, UPSAMPLE
-            )  # fmt: skip
-            inside = inside & rows_ok
-            x_tile = (x_rows + row_h.to(tl.int64) * x_h + row_w.to(tl.int64) * x_w)[:, None] + k[None, :]
-            w_tile = (w_columns + tap * w_tap)[None, :] + k[:, None]
-            part = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
-            for c in range(0, in_channels, BLOCK_K):
-                k_ok = c + k < in_channels
-                a = tl.load(x_tile + c, mask=inside[:, None] & k_ok[None, :], other=0)
-                b = tl.load(w_tile + c, mask=k_ok[:, None] & o_ok[None, :], other=0)
-                part = tl.dot(a, b, part, out_dtype=tl.int32)
-            at = (n.to(tl.int64) * source_h + row_h) * source_w + row_w
-            if zero_point is not None:
-                total = tl.load(sums + channel.to(tl.int64) * taps + tap, mask=o_ok, other=0)
-                part -= tl.load(zero_point + at, mask=inside, other=0)[:, None] * total[None, :]
-            y_tile += part.to(tl.float32) * tl.load(input_scale + at, mask=inside, other=0.0)[:, None]
-        y_tile = y_tile * tl.load(weight_scale + channel, mask=o_ok, other=0.0)[None, :]
-        finish(y_tile, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m, rows_ok, channel, o_ok,
-               channels, ACTIVATION)  # fmt: skip
-        return
 
     if SHARE == "digits":
         acc = _minus_share(acc, sums, zero_point, channel, o_ok, from_h, from_w, in_h, in_w, dilation_h, dilation_w,
@@ -223,10 +195,64 @@ def conv_kernel(
     if RAW:
         at = (m.to(tl.int64) * channels)[:, None] + channel[None, :]
         tl.store(y + at, acc, mask=rows_ok[:, None] & o_ok[None, :])
-        return
-    scale = tl.load(weight_scale + channel, mask=o_ok, other=0.0) * tl.load(input_scale)
-    finish(acc.to(tl.float32) * scale[None, :], bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m,
-           rows_ok, channel, o_ok, channels, ACTIVATION)  # fmt: skip
+    else:
+        scale = tl.load(weight_scale + channel, mask=o_ok, other=0.0) * tl.load(input_scale)
+        finish(acc.to(tl.float32) * scale[None, :], bias, channel_bias, film, residual, out_scale, out_zero_point, y,
+               n, m, rows_ok, channel, o_ok, channels, ACTIVATION)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def pixel_conv_kernel(
+    x, weight, sums, input_scale, zero_point, weight_scale, bias, channel_bias, film, residual, out_scale,
+    out_zero_point, y,
+    pixels, groups, in_channels, out_channels, x_n, x_h, x_w, w_tap, w_out,
+    in_h, in_w, out_h, out_w, stride_h, stride_w, top, left, dilation_h, dilation_w, taps_h, taps_w,
+    tune,
+    UPSAMPLE: tl.constexpr, WIDE: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As ``conv_kernel``, with scales and zero points per pixel, dense [N, H, W]."""
+    tiles_o = tl.cdiv(out_channels, BLOCK_O)
+    program = tl.program_id(0)
+    tile_o = program % tiles_o
+    group = (program // tiles_o) % groups
+    m, n, h, w = _pixel(program // tiles_o // groups, out_h, out_w, WIDE, BLOCK_M)
+    rows_ok = m < pixels
+    from_h = h * stride_h - top
+    from_w = w * stride_w - left
+    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    o_ok = o < out_channels
+    channel = group * out_channels + o
+    taps = taps_h * taps_w
+    k = tl.arange(0, BLOCK_K)
+    x_rows = x + n.to(tl.int64) * x_n + group.to(tl.int64) * in_channels
+    w_columns = weight + channel.to(tl.int64) * w_out
+    y_tile = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
+    source_h = in_h // UPSAMPLE
+    source_w = in_w // UPSAMPLE
+    for tap in range(0, taps):
+        j_h = tap // taps_w
+        j_w = tap - j_h * taps_w
+        inside, row_h, row_w = _source(
+            from_h + j_h * dilation_h, from_w + j_w * dilation_w, in_h, in_w, UPSAMPLE
+        )  # fmt: skip
+        inside = inside & rows_ok
+        x_tile = (x_rows + row_h.to(tl.int64) * x_h + row_w.to(tl.int64) * x_w)[:, None] + k[None, :]
+        w_tile = (w_columns + tap * w_tap)[None, :] + k[:, None]
+        part = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
+        for c in range(0, in_channels, BLOCK_K):
+            k_ok = c + k < in_channels
+            a = tl.load(x_tile + c, mask=inside[:, None] & k_ok[None, :], other=0)
+            b = tl.load(w_tile + c, mask=k_ok[:, None] & o_ok[None, :], other=0)
+            part = tl.dot(a, b, part, out_dtype=tl.int32)
+        at = (n.to(tl.int64) * source_h + row_h) * source_w + row_w
+        if zero_point is not None:
+            total = tl.load(sums + channel.to(tl.int64) * taps + tap, mask=o_ok, other=0)
+            part -= tl.load(zero_point + at, mask=inside, other=0)[:, None] * total[None, :]
+        y_tile += part.to(tl.float32) * tl.load(input_scale + at, mask=inside, other=0.0)[:, None]
+    y_tile = y_tile * tl.load(weight_scale + channel, mask=o_ok, other=0.0)[None, :]
+    finish(y_tile, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m, rows_ok, channel, o_ok,
+           groups * out_channels, ACTIVATION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES[:-1])
@@ -277,13 +303,13 @@ def depthwise_kernel(
     if RAW:
         at = (m.to(tl.int64) * channels)[:, None] + channel[None, :]
         tl.store(y + at, acc, mask=rows_ok[:, None] & c_ok[None, :])
-        return
-    scale = tl.load(weight_scale + channel, mask=c_ok, other=0.0)
-    if not PER_PIXEL:
-        scale = scale * tl.load(input_scale)
-        y_tile = acc.to(tl.float32)
-    finish(y_tile * scale[None, :], bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m, rows_ok,
-           channel, c_ok, channels, ACTIVATION)  # fmt: skip
+    else:
+        scale = tl.load(weight_scale + channel, mask=c_ok, other=0.0)
+        if not PER_PIXEL:
+            scale = scale * tl.load(input_scale)
+            y_tile = acc.to(tl.float32)
+        finish(y_tile * scale[None, :], bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m,
+               rows_ok, channel, c_ok, channels, ACTIVATION)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -293,7 +319,7 @@ _SATURATING = 65536  # products from which on a sum that began with the zero poi
 _MOST_MULTIPLIER = 4  # output channels per group up to which a depthwise convolution is not worth a matrix product
 
 _NAMES = ("BLOCK_M", "BLOCK_O", "BLOCK_K")
-_KEYS = ("tune", "groups", "in_channels", "out_channels", "taps_h", "taps_w", "stride_w", "UPSAMPLE", "SHARE")
+_KEYS = ("tune", "groups", "in_channels", "out_channels", "taps_h", "taps_w", "stride_w", "UPSAMPLE")
 
 
 def _extents(args: dict) -> dict[str, int]:
@@ -320,7 +346,7 @@ CONV = Kernel(
         (128, 32, 32, 4, 4),
     ]),
     _extents,
-    _KEYS,
+    (*_KEYS, "SHARE"),
     matrix=True,
 )  # fmt: skip
 
@@ -338,9 +364,9 @@ CONV_GATHER = Kernel(  # with GATHER
     matrix=True,
 )  # fmt: skip
 
-CONV_PIXEL = Kernel(  # with PER_PIXEL: a second accumulator, in float32
+CONV_PIXEL = Kernel(  # two accumulators, so smaller tiles
     "int8_conv_pixel",
-    conv_kernel,
+    pixel_conv_kernel,
     variants("int8_conv_pixel", _NAMES, [
         (128, 64, 128, 8, 3),
         (128, 128, 64, 8, 3),
@@ -448,28 +474,32 @@ def plan(
         "channel_bias": channel_bias, "film": film,
         "residual": None if residual is None else residual.contiguous(memory_format=torch.channels_last),
         "out_scale": out_scale, "out_zero_point": out_zero_point, "y": output, **geometry,
-        "tune": geometry["pixels"].bit_length(), "PER_PIXEL": per_pixel, "WIDE": _is_wide(geometry),
-        "RAW": output.dtype == torch.int32, "ACTIVATION": activation,
+        "tune": geometry["pixels"].bit_length(), "WIDE": _is_wide(geometry), "ACTIVATION": activation,
     }  # fmt: skip
+    raw = output.dtype == torch.int32
     if groups > 1 and group_channels == 1 and channels // groups <= _MOST_MULTIPLIER:
-        return [_depthwise_launch(arguments, weight, channels // groups)]
+        multiplier = channels // groups
+        return [_depthwise_launch({**arguments, "PER_PIXEL": per_pixel, "RAW": raw}, weight, multiplier)]
     # As [out channel, tap, channel]: a view of a weight in channels_last memory or with one tap, else a copy per call.
     rows = weight.permute(0, 2, 3, 1).contiguous().view(channels, -1, group_channels)
     sums, before = (None, []) if input_zero_point is None else plan_weight_sums(rows)
-    gather = group_channels < _LEAST_CHANNELS and not per_pixel
     out_channels = channels // groups
     arguments |= {
         "weight": rows, "sums": sums, "groups": groups, "in_channels": group_channels, "out_channels": out_channels,
-        "w_tap": group_channels, "w_out": rows[0].numel(), "GATHER": gather,
-        "SHARE": "" if sums is None or per_pixel else _share(geometry, rows[0].numel()),
+        "w_tap": group_channels, "w_out": rows[0].numel(),
     }  # fmt: skip
+    kernel = CONV_PIXEL
+    if not per_pixel:
+        gather = group_channels < _LEAST_CHANNELS
+        kernel = CONV_GATHER if gather else CONV
+        share = "" if sums is None else _share(geometry, rows[0].numel())
+        arguments |= {"GATHER": gather, "SHARE": share, "RAW": raw}
 
     def grid(meta):
         tiles = triton.cdiv(geometry["pixels"], meta["BLOCK_M"]) * triton.cdiv(out_channels, meta["BLOCK_O"])
         return (tiles * groups,)
 
-    kernel = CONV_PIXEL if per_pixel else CONV_GATHER if gather else CONV
-    return [*([before] if before else []), Launch(kernel, arguments, grid)]
+    return [*before, Launch(kernel, arguments, grid)]
 
 
 def _depthwise_launch(arguments: dict, weight: Tensor, multiplier: int) -> Launch:

@@ -56,14 +56,14 @@ def linear_kernel(
             acc -= (tl.load(zero_point) * total)[None, :]
     if RAW:
         tl.store(y + (m * channels)[:, None] + o[None, :], acc, mask=m_ok[:, None] & o_ok[None, :])
-        return
-    scale = tl.load(weight_scale + o, mask=o_ok, other=0.0)[None, :]
-    if PER_TOKEN:
-        scale = scale * tl.load(input_scale + m, mask=m_ok, other=0.0)[:, None]
     else:
-        scale = scale * tl.load(input_scale)
-    finish(acc.to(tl.float32) * scale, bias, None, None, residual, out_scale, out_zero_point, y, m, m, m_ok, o, o_ok,
-           channels, ACTIVATION)  # fmt: skip
+        scale = tl.load(weight_scale + o, mask=o_ok, other=0.0)[None, :]
+        if PER_TOKEN:
+            scale = scale * tl.load(input_scale + m, mask=m_ok, other=0.0)[:, None]
+        else:
+            scale = scale * tl.load(input_scale)
+        finish(acc.to(tl.float32) * scale, bias, None, None, residual, out_scale, out_zero_point, y, m, m, m_ok, o,
+               o_ok, channels, ACTIVATION)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -109,8 +109,7 @@ def plan(
     weight = weight.contiguous()
     sums, before = None, []
     if input_zero_point is not None and rows > _FEW_ROWS:
-        sums, launch = plan_weight_sums(weight)
-        before = [launch]
+        sums, before = plan_weight_sums(weight)
     arguments = {
         "x": input.contiguous(), "weight": weight, "sums": sums, "input_scale": input_scale.contiguous(),
         "zero_point": None if input_zero_point is None else input_zero_point.contiguous(),

@@ -28,15 +28,16 @@ def _image(x, skip, n, p, ok, c, channels, first, width, x_n, x_c, x_h, x_w, s_n
     w = p.to(tl.int64) - h * width
     column = c.to(tl.int64)
     mask = ok[:, None] & (c < channels)[None, :]
-    if skip is None:
-        at = (h * x_h + w * x_w)[:, None] + (column * x_c)[None, :]
-        return tl.load(x + n * x_n + at, mask=mask, other=0.0).to(tl.float32), mask
-    own = (c < first)[None, :]
     at = (h * x_h + w * x_w)[:, None] + (column * x_c)[None, :]
-    v = tl.load(x + n * x_n + at, mask=mask & own, other=0.0).to(tl.float32)
-    at = (h * s_h + w * s_w)[:, None] + ((column - first) * s_c)[None, :]
-    other = tl.load(skip + n * s_n + at, mask=mask & (c >= first)[None, :], other=0.0).to(tl.float32)
-    return tl.where(own, v, other), mask
+    if skip is None:
+        v = tl.load(x + n * x_n + at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        own = (c < first)[None, :]
+        v = tl.load(x + n * x_n + at, mask=mask & own, other=0.0).to(tl.float32)
+        at = (h * s_h + w * s_w)[:, None] + ((column - first) * s_c)[None, :]
+        other = tl.load(skip + n * s_n + at, mask=mask & (c >= first)[None, :], other=0.0).to(tl.float32)
+        v = tl.where(own, v, other)
+    return v, mask
 
 
 @triton.jit(do_not_specialize=_SIZES)

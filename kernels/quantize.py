@@ -44,11 +44,13 @@ def _values(x, channel_scale, at, c, x_c, columns, mask, ACTIVATION: tl.constexp
 @triton.jit
 def _parameter(values, at, c, s_c, ok, mask, PER: tl.constexpr):
     """A scale or zero point, one for the tensor, per row or per value, as [R, C]; 1 where masked."""
-    if PER == "tensor":
-        return tl.zeros_like(mask.to(values.dtype.element_ty)) + tl.load(values)
-    if PER == "row":
-        return tl.zeros_like(mask.to(values.dtype.element_ty)) + tl.load(values + at, mask=ok, other=1)[:, None]
-    return tl.load(values + at[:, None] + (c.to(tl.int64) * s_c)[None, :], mask=mask, other=1)
+    if PER == "value":
+        v = tl.load(values + at[:, None] + (c.to(tl.int64) * s_c)[None, :], mask=mask, other=1)
+    elif PER == "row":
+        v = tl.zeros_like(mask.to(values.dtype.element_ty)) + tl.load(values + at, mask=ok, other=1)[:, None]
+    else:
+        v = tl.zeros_like(mask.to(values.dtype.element_ty)) + tl.load(values)
+    return v
 
 
 @triton.jit(do_not_specialize=_SIZES)
