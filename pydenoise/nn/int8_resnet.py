@@ -157,16 +157,27 @@ class Int8ResnetBlock(Int8Block):
         """
         self.check(hidden_states)
         hidden_states, skip = self._parts(hidden_states, skip)
-        if embedding is None and temb is not None:
-            embedding = self.project(temb)
-        if self.time_emb_proj is not None and embedding is None:
-            raise ValueError("temb: the block has a time embedding, got None")
+        embedding = self._embedding(hidden_states, temb, embedding)
         dtype, up = hidden_states.dtype, 2 if self.resample == "up" else 1
         added, film = (None, embedding) if self.film else (embedding, None)
         x = self._first_input(hidden_states, skip)
         h = run_conv(self.conv1, x, dtype, channel_bias=added, upsample=up)
         h = group_normed(self.conv2, self.norm2, h, film=film, activation=self.activation)
         return run_conv(self.conv2, h, dtype, residual=self._residual(hidden_states, skip))
+
+    def _embedding(self, hidden_states: Tensor, temb: Tensor | None, embedding: Tensor | None) -> Tensor | None:
+        """``embedding``, or what :meth:`project` makes of ``temb``; ``None`` for blocks that have none."""
+        linear, batch = self.time_emb_proj, hidden_states.shape[0]
+        if linear is None:
+            return None
+        if embedding is None and temb is None:
+            raise ValueError("temb: the block has a time embedding, got None")
+        name, value, width = "temb", temb, linear.in_features
+        if embedding is not None:
+            name, value, width = "embedding", embedding, linear.out_features
+        if tuple(value.shape) != (batch, width):
+            raise ValueError(f"{name}: expected [{batch}, {width}], got {tuple(value.shape)}")
+        return self.project(temb) if embedding is None else embedding
 
     def _parts(self, hidden_states: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """``hidden_states`` and ``skip``, checked; an input that was concatenated already is taken apart."""
