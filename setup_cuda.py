@@ -9,8 +9,13 @@ import os
 import shutil
 from pathlib import Path
 
-SOURCES = ["csrc/weighted_conv/cuda.cu"]
-BINDINGS = ["csrc/bindings/cuda.cpp"]
+SOURCES = [
+    "csrc/weighted_conv/cuda.cu",
+    "csrc/int8_conv2d/cuda.cu",
+    "csrc/norm_quantize/cuda.cu",
+    "csrc/quantize/cuda.cu",
+]
+BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_int8.cpp"]
 # sm_80 code also runs on 8.6 and 8.9, sm_90 on H100 and H200; newer ones compile the PTX of the last when they first
 # load the library. Every further architecture adds about ten seconds of one core to an installation, and no kernel so
 # far uses an instruction of the `a` variants.

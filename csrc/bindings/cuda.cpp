@@ -1,8 +1,8 @@
 // pydenoise._cuda: torch ops of the CUDA kernels. A plain shared library without a Python module, which compiles
-// against the headers of a CPU-only torch and loads where there is no GPU. Outputs are allocated in Python.
+// against the headers of a CPU-only torch and loads where there is no GPU. Outputs are allocated in Python. This file
+// holds weighted convolution, cuda_int8.cpp the int8 ops.
 #include "../weighted_conv/cuda.h"
 
-#include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,8 +10,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <optional>
-#include <vector>
+
+#include "cuda_tensors.h"
 
 namespace pdn {
 namespace bindings {
@@ -22,24 +22,6 @@ using torch::stable::Tensor;
 using weighted_conv::Activation;
 using weighted_conv::Axis;
 using namespace weighted_conv::cuda;
-
-using Ints = std::vector<int64_t>;
-using MaybeTensor = std::optional<Tensor>;
-
-// torch's current stream. The symbol lives in libtorch_cuda, which a CPU-only torch lacks: it is looked up when the
-// first tensor on a GPU comes in, by which time that library is loaded.
-void* current_stream(int32_t device) {
-    using Getter = int32_t (*)(int32_t, void**);
-    static const Getter getter = [] {
-        void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-        return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-    }();
-    STD_TORCH_CHECK(
-        getter, "libtorch_cuda.so is not loaded, or does not tell the current stream: is this torch built for CUDA?");
-    void* stream = nullptr;
-    STD_TORCH_CHECK(getter(device, &stream) == 0, "torch did not tell the current CUDA stream");
-    return stream;
-}
 
 Storage storage_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
@@ -72,8 +54,6 @@ void check_dense(const char* name, const MaybeTensor& tensor, const Tensor& like
 void check_adjacent_channels(const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) == 1, name, ": expected adjacent channels");
 }
-
-const void* pointer(const MaybeTensor& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
 
 // `geometry` is stride (d ints), padding (2d: low and high per axis), dilation (d) and kernel (d). `input` and `output`
 // are the tensors of the forward pass.

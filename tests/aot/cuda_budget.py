@@ -23,7 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BUDGET = Path(__file__).with_suffix(".json")
-SOURCES = ("csrc/weighted_conv/cuda.cu",)
+SOURCES = (
+    "csrc/weighted_conv/cuda.cu",
+    "csrc/int8_conv2d/cuda.cu",
+    "csrc/norm_quantize/cuda.cu",
+    "csrc/quantize/cuda.cu",
+)
 ARCHS = ("80", "89", "90a", "100a")
 
 

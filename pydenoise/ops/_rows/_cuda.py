@@ -1,0 +1,58 @@
+"""What the CUDA C++ rows ask of a tensor and its machine, and the memory order that their kernels take."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pydenoise import _native
+
+MIN_CAPABILITY = (8, 0)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "geglu": 5}
+MAX_SIZE = 2**30  # of any axis, and of the pixels of an image
+
+
+@cache
+def _unsupported_gpu(index: int) -> str | None:
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, not for CUDA"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def unsupported(tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> str | None:
+    """Why a kernel for ``allowed`` dtypes cannot run on ``tensor``."""
+    reason = _native.cuda_extension().reason
+    if reason is not None:
+        return reason
+    if not tensor.is_cuda:
+        return f"tensors are on {tensor.device.type}, not on a CUDA device"
+    if tensor.dtype not in allowed:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+        return f"dtype {tensor.dtype} is not {', '.join(names) + ' or ' if names else ''}{last}"
+    if tensor.layout != torch.strided:
+        return f"layout {tensor.layout} is not strided"
+    return _unsupported_gpu(tensor.device.index)
+
+
+def too_many(count: int, what: str) -> str | None:
+    """A kernel numbers ``what`` with 32 bits."""
+    return f"{count} {what} are more than 2^30" if count >= MAX_SIZE else None
+
+
+def channels_inside(image: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H, W, C]: a view."""
+    return image.permute(0, 2, 3, 1)
+
+
+def as_image(tensor: Tensor) -> Tensor:
+    """[N, H, W, C] as [N, C, H, W]: a view."""
+    return tensor.permute(0, 3, 1, 2)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` itself if it is row-major, else a copy that is."""
+    return None if tensor is None else tensor.contiguous()
