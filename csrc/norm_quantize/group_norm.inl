@@ -112,11 +112,12 @@ void group_statistics(const GroupNormParams& p, int64_t image, int64_t chunk, fl
 // ------------------------------------------------------------------------------------------------- coefficients
 
 // An image's coefficients: arrays of `padded` floats, then one float, nonzero where they are folded.
+// With d = x - center, exact where it matters, since the center is the group's mean:
 //   folded (a given scale, everything finite): the value over the scale is
-//     none: gain x + offset;  silu: (second_gain x + second_offset) * logistic_exp2(gain x + offset);
-//     others: activation(gain x + offset) * factor
-//   else: the value is activation(gain x + offset) * factor
-enum Slot { kGain, kOffset, kSecondGain, kSecondOffset, kFactor, kSlots };
+//     none: gain d + offset;  silu: (second_gain d + second_offset) * logistic_exp2(gain d + offset);
+//     others: activation(gain d + offset) * factor
+//   else: the value is activation(gain d + offset) * factor
+enum Slot { kCenter, kGain, kOffset, kSecondGain, kSecondOffset, kFactor, kSlots };
 
 int64_t group_coefficients(const GroupNormParams& p) { return kSlots * padded(p) + kWidth; }
 
@@ -142,8 +143,7 @@ PDN_INLINE float widened(float x) { return x; }
 PDN_INLINE float widened(bf16 x) { return from_bf16(x); }
 PDN_INLINE float widened(fp16 x) { return from_fp16(x); }
 
-// Mean (in two parts: a large mean must not cost the digits of the deviation) and 1 / deviation of every channel's
-// group, in padded order.
+// Mean, what it lost in rounding, and 1 / deviation of every channel's group, in padded order.
 template <class T>
 PDN_INLINE void group_moments(const GroupNormParams& p, int64_t image, const float* partial, float* mean, float* rest,
                               float* rstd) {
@@ -188,10 +188,9 @@ PDN_INLINE bool fold_panel(const GroupNormParams& p, int64_t image, int64_t chan
             return values ? load_lanes(values + channel + c, lanes) : splat(otherwise);
         };
         float* at = slots + c;
-        const vf rstd = load_lanes(at + kFactor * size, lanes);
+        const vf rstd = load_lanes(at + kFactor * size, lanes), center_rest = load_lanes(at + kOffset * size, lanes);
         vf gain = rstd * given(p.weight, 1.f);
-        vf offset = given(p.bias, 0.f) - load_lanes(at + kSecondGain * size, lanes) * gain;
-        offset = offset - load_lanes(at + kSecondOffset * size, lanes) * gain;
+        vf offset = given(p.bias, 0.f) - center_rest * gain;
         if (film) {
             const vf scale = 1.f + load_lanes(film + c, lanes);
             gain = gain * scale;
@@ -231,8 +230,7 @@ void fold_typed(const GroupNormParams& p, int64_t image, float* partials, float*
     float& is_folded = slots[kSlots * size];
     is_folded = p.out.scale ? 1.f : 0.f;
     for (;;) {
-        group_moments<T>(p, image, partials, slots + kSecondGain * size, slots + kSecondOffset * size,
-                         slots + kFactor * size);
+        group_moments<T>(p, image, partials, slots + kCenter * size, slots + kOffset * size, slots + kFactor * size);
         const bool folded = is_folded != 0.f;
         bool finite = fold_panel(p, image, 0, p.panel[0].channels, folded, slots, size);
         finite &= fold_panel(p, image, p.panel[0].channels, p.panel[1].channels, folded, slots + second, size);
@@ -261,7 +259,7 @@ int64_t group_scratch(const GroupNormParams& p) {
 // The value before quantization; over the scale where the coefficients are folded.
 template <class T, Activation A, bool kFolded, class Lanes>
 PDN_INLINE vf value_of(const T* x, const float* at, int64_t size, Lanes lanes) {
-    const vf v = load_lanes(x, lanes);
+    const vf v = load_lanes(x, lanes) - load_lanes(at + kCenter * size, lanes);
     const vf y = v * load_lanes(at + kGain * size, lanes) + load_lanes(at + kOffset * size, lanes);
     if constexpr (kFolded && A == Activation::none) {
         return y;
