@@ -185,7 +185,8 @@ def _load(model: CUNet, layers: list[Layer], name: str) -> None:
     sums = sum(layer.kind == "Eltwise" for layer in layers)
     if len(weighted) != len(convs) or crops != CROPS or sums != SUMS:
         raise WeightsError(
-            f"{name}: not waifu2x cunet for denoising: {len(weighted)} layers with weights, crops {crops}"
+            f"{name}: not waifu2x cunet for denoising: {len(weighted)} layers have weights (expected {len(convs)}), "
+            f"the crops are {crops} (expected {CROPS}), {sums} layers add (expected {SUMS})"
         )
     for (conv, after), layer in zip(convs, weighted, strict=True):
         expected, got = _expected(conv, _ACTIVATIONS.get(type(after), 0)), _facts(layer)

@@ -118,9 +118,7 @@ class _Reader:
     def tagged(self, count: int, layer: str) -> np.ndarray:
         tag = int.from_bytes(self._take(4, layer), "little")
         if tag not in TYPES:
-            raise WeightsError(
-                f"{self.name}: the weights of {layer} have the tag {tag:#x}, neither float32 nor float16"
-            )
+            raise WeightsError(f"{self.name}: the weights of {layer} are neither float32 nor float16 (tag {tag:#x})")
         dtype = TYPES[tag]
         array = np.frombuffer(self._take(count * dtype.itemsize, layer), dtype).astype(np.float32)
         self._take(-self.position % 4, layer)

@@ -50,7 +50,8 @@ class TerrainDenoiser(nn.Module):
             noisy: [N, 1, H, W], a heightfield in [-1, 1] plus ``sigma`` times white noise; H and W multiples of 16. The
                 published weights were trained on 128 x 128.
             sigma: [N], from 0.002 to 80; dtype of ``noisy``.
-            condition: [N], how rough the terrain is: 0 (smooth) to 1; dtype of ``noisy``.
+            condition: [N], how rough the terrain is, 0 to 1: the package's difficulty d, 1 to 100, is (d - 1) / 99;
+                dtype of ``noisy``.
 
         Returns:
             [N, 1, H, W], clipped to [-1, 1].
@@ -115,7 +116,7 @@ def consistency_sample(
 
 
 def to_heights(terrain: Tensor) -> Tensor:
-    """Heights in metres, 0 to 22.17, of what the network makes (values in [-1, 1], the inverse hyperbolic sine)."""
+    """Heights in metres, 0 to 22.17, of the network's values: those lie in [-1, 1], on the scale of asinh."""
     top = math.asinh(HEIGHT_RANGE / HEIGHT_SCALE)
     return HEIGHT_SCALE * torch.sinh((terrain.clamp(-1, 1) + 1) / 2 * top)
 
@@ -143,8 +144,7 @@ def _load(unet: DiffusionUNet, weights: OnnxWeights, name: str) -> None:
             f"training={training!r}, expected {TRAINING!r} (0.4.2 holds other weights, for a single step)"
         )
     published = _published_names(unet)
-    found = dict(weights.initializers)
-    found.update(_norm_weights(weights))
+    found = weights.initializers | _norm_weights(weights)
     state = {}
     for key, parameter in unet.state_dict().items():
         module, kind = key.rsplit(".", 1)
@@ -152,11 +152,11 @@ def _load(unet: DiffusionUNet, weights: OnnxWeights, name: str) -> None:
         if source not in found:
             raise WeightsError(f"{name}: the initialiser {source} is missing (it belongs to {key})")
         value = torch.from_numpy(found[source].copy())
-        if value.numel() != parameter.numel() or not value.is_floating_point():
+        if value.shape != parameter.shape or not value.is_floating_point():
             raise WeightsError(f"{name}: {source} has the shape {list(value.shape)}, expected {list(parameter.shape)}")
         if not value.isfinite().all():
             raise WeightsError(f"{name}: {source} holds values that are not finite")
-        state[key] = value.reshape(parameter.shape)
+        state[key] = value
     unet.load_state_dict(state)
 
 
@@ -188,5 +188,6 @@ def _norm_weights(weights: OnnxWeights) -> dict[str, np.ndarray]:
         if node.kind in kinds and len(node.inputs) == 2 and node.inputs[1] in weights.initializers:
             scopes = node.name.split("/")[:-1]
             blocks = [scope for scope in scopes if re.fullmatch(r"(\w+put_blocks\.\d+|middle_block)\.\d+", scope)]
-            found[".".join(["model", *blocks, *scopes[-1:], kinds[node.kind]])] = weights.initializers[node.inputs[1]]
+            name = ".".join(["model", *blocks, *scopes[-1:], kinds[node.kind]])
+            found[name] = weights.initializers[node.inputs[1]].reshape(-1)  # stored as [C, 1, 1]
     return found
