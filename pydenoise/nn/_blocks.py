@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydenoise.nn._int8 import Codes, Int8Layer, Norm, refuse_training
-from pydenoise.nn._plans import Plans, Request, ask, keeps_float
+from pydenoise.nn._plans import Plans, Request, ask, keeps_float, label
 from pydenoise.nn.fused_conv import FusedConv2d
 from pydenoise.nn.int8_conv2d import Int8Conv2d, plain_conv
 from pydenoise.nn.int8_linear import Int8Linear
@@ -73,10 +73,10 @@ def conv_layer(
     """
     conv = sliced(plain_conv(conv, name), channels)
     request = Request((name,), conv, channels)
-    choice = ask(plans, request)
+    choice, name = ask(plans, request), label(plans, request)
     if not keeps_float(choice):
-        layer = Int8Conv2d.from_float(conv, choice, gain=gain, name=request.name, padding=padding)
-        return _checked_producer(layer, request.name) if normed else layer
+        layer = Int8Conv2d.from_float(conv, choice, gain=gain, name=name, padding=padding)
+        return _checked_producer(layer, name) if normed else layer
     if padding is not None:
         raise ValueError(f"scheme: {name}: padding at one side only needs an int8 layer, got 'float'")
     return FusedConv2d.from_float(_amplified(conv, gain), dtype=dtype).eval()
@@ -87,10 +87,10 @@ def linear_layer(
 ) -> nn.Module:
     """An :class:`Int8Linear`, or a ``torch.nn.Linear`` where the plan says "float"; 1x1 convolutions become linear."""
     request = Request(names, layer)
-    choice = ask(plans, request)
+    choice, name = ask(plans, request), label(plans, request)
     if not keeps_float(choice):
-        result = Int8Linear.from_float(layer, choice, gain=gain, name=request.name)
-        return _checked_producer(result, request.name) if normed else result
+        result = Int8Linear.from_float(layer, choice, gain=gain, name=name)
+        return _checked_producer(result, name) if normed else result
     weight, bias = layer.weight.detach().flatten(1), layer.bias
     result = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     result.weight = nn.Parameter(weight * gain, requires_grad=False)

@@ -1,7 +1,7 @@
 """From what a user says about a layer to the layer's int8 numbers."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +66,23 @@ def ask(plans: Plans, request: Request) -> Choice:
     return choice if isinstance(choice, LayerPlan) else definite_scheme(choice)
 
 
-def within(plans: Plans, prefix: str) -> Plans:
-    """``plans`` as seen from the block ``prefix`` inside a larger one."""
-    if isinstance(plans, (LayerPlan, Scheme, str)):
-        return plans
+@dataclass(frozen=True)
+class Within:
+    """``plans`` as seen from the block ``prefix`` inside a larger one: asks for the layers by their longer names."""
 
-    def inner(request: Request) -> Choice:
-        return ask(plans, Request(tuple(f"{prefix}.{name}" for name in request.names), request.layer, request.channels))
+    plans: Plans
+    prefix: str
 
-    return inner
+    def __call__(self, request: Request) -> Choice:
+        return ask(self.plans, replace(request, names=tuple(f"{self.prefix}.{name}" for name in request.names)))
+
+
+def label(plans: Plans, request: Request) -> str:
+    """The layer's name from the outermost block, for messages."""
+    prefix = ""
+    while isinstance(plans, Within):
+        plans, prefix = plans.plans, f"{plans.prefix}.{prefix}"
+    return prefix + request.name
 
 
 def keeps_float(choice: Choice) -> bool:

@@ -18,7 +18,7 @@ from pydenoise.nn._blocks import (
     run_linear,
 )
 from pydenoise.nn._int8 import Codes, Int8Layer, Norm
-from pydenoise.nn._plans import Plans, within
+from pydenoise.nn._plans import Plans, Within
 from pydenoise.nn.int8_attention import attend, check_attention
 from pydenoise.nn.int8_linear import Int8Linear, joined
 from pydenoise.reference.quantize import transform
@@ -40,7 +40,7 @@ class Int8Attention(Int8Block):
         if gain != 1.0 or attention.residual_connection:
             raise ValueError(f"{name}: expected no residual_connection and no rescale_output_factor of its own")
         self.norm = Norm.from_float(norm, f"{name}'s norm")
-        plans = within(plans, name)
+        plans = Within(plans, name)
         if crossed:
             self.to_q = linear_layer(attention.to_q, plans, ("to_q",), normed=True)
             self.to_kv = linear_layer(joined((attention.to_k, attention.to_v), name), plans, ("to_k", "to_v"))
@@ -180,7 +180,7 @@ class Int8Transformer2D(Int8Block):
         self.norm = Norm.from_float(model.norm, "norm")
         self.proj_in = linear_layer(model.proj_in, plans, ("proj_in",), normed=True)
         self.transformer_blocks = nn.ModuleList(
-            Int8TransformerBlock.from_float(block, within(plans, f"transformer_blocks.{index}"))
+            Int8TransformerBlock.from_float(block, Within(plans, f"transformer_blocks.{index}"))
             for index, block in enumerate(model.transformer_blocks)
         ).eval()
         self.proj_out = linear_layer(model.proj_out, plans, ("proj_out",))
