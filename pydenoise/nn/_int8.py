@@ -226,6 +226,8 @@ class Int8Layer(Frozen):
             raise ValueError(
                 f"scale of input: expected float32, one or {expected}, got {scale.dtype} {tuple(scale.shape)}"
             )
+        if isinstance(zero_point, Tensor) and zero_point.dtype == torch.int32 and zero_point.shape == scale.shape:
+            return codes, scale, zero_point  # of a producer: its values are what they should be
         zero_point = None if zero_point is None else zero_point_of("zero_point of input", zero_point, scale)
         return codes, scale, zero_point
 

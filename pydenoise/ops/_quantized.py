@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from pydenoise.ops import registry
 from pydenoise.ops._arguments import check_tensor
@@ -70,7 +71,9 @@ def residual_of(value: object, shape: tuple[int, ...], like: Tensor) -> Tensor |
 
 
 def _values_are_known(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no wait for a device and no graph break."""
+    """Whether looking at the values costs no wait for a device, no graph break, and no refusal of a recording."""
+    if _len_torch_dispatch_stack():
+        return False
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in _PLAIN_TENSORS
 
 
