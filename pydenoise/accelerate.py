@@ -12,10 +12,13 @@ from torch import nn
 from pydenoise.nn.fused_conv import FUSED
 from pydenoise.ops import registry
 from pydenoise.ops import weighted_conv as op
+from pydenoise.quantization import Calibration, Scheme
+from pydenoise.quantization.choose import TARGET_DB
 from pydenoise.surgery import chains, layers, modules
 from pydenoise.surgery.chains import Untraceable
 from pydenoise.surgery.example import Example, compare, dtypes_of, run_float64, time_side_by_side
 from pydenoise.surgery.graphs import GraphSurgeon
+from pydenoise.surgery.int8 import Int8Acceleration
 from pydenoise.surgery.policy import PRECISIONS, Policy
 from pydenoise.surgery.report import AccelerationReport, Errors, Kept, Swap
 
@@ -33,8 +36,13 @@ def accelerate(
     example_inputs: object,
     precision: str = "fp32",
     *,
+    calibration: Calibration | Iterable | None = None,
+    scheme: Scheme | str = "auto",
+    target_db: float = TARGET_DB,
+    float_below: float | None = None,
     keep: Iterable[str] = (),
     inplace: bool = False,
+    record: bool = True,
     measure: bool = True,
 ) -> tuple[nn.Module, AccelerationReport]:
     """A faster model for inference, and a report on what became of each layer.
@@ -50,10 +58,20 @@ def accelerate(
         example_inputs: a tensor; a tuple or list of positional arguments; or a dict of keyword arguments. Other sizes
             and batches work afterwards.
         precision: "fp32" (Winograd allowed for 3x3 layers: relative error up to 2e-5 per layer), or "bf16": weights and
-            activations of fused layers in bfloat16; outputs have the original's dtypes.
+            activations of fused layers in bfloat16; outputs have the original's dtypes. "int8": the residual, attention
+            and transformer blocks of U-Nets (diffusers' and our own), or the convolutions of other networks, run on
+            int8 codes with int8 weights; first and last convolutions and embeddings stay in float.
+        calibration: for "int8": batches of the model's own inputs (each a tensor, a tuple or a dict), or a finished
+            :class:`pydenoise.quantization.Calibration`. ``None``: scales are computed from each input, per pixel or
+            per token, which needs no calibration and is slower.
+        scheme: for "int8" with a calibration: a :class:`pydenoise.quantization.Scheme`, a preset's name, or "auto": for
+            each layer the cheapest whose output reaches ``target_db`` of signal over noise on the calibration samples,
+            else the best, or float if even that is below ``float_below``.
         keep: names or glob patterns of modules to leave alone, with all that is inside them.
         inplace: swap modules inside ``model`` and return it: its class, methods and forward stay, so functional
             activations and residuals are not fused.
+        record: for "int8" on a CPU: record the forward once per input shape and replay it without Python (see
+            :mod:`pydenoise.recording`), where replays are exact.
         measure: time both models side by side on the example (about two seconds at most for small models).
 
     Returns:
@@ -68,7 +86,14 @@ def accelerate(
     _check(model, precision)
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     example = Example(example_inputs)
+    if precision != "int8" and calibration is not None:
+        raise ValueError(f"calibration: belongs to precision 'int8', got it with {precision!r}")
     with torch.inference_mode(False), torch.no_grad():  # fused weights are ordinary tensors
+        if precision == "int8":
+            return Int8Acceleration(
+                model, example, keep=keep, inplace=inplace, calibration=calibration, scheme=scheme,
+                target_db=target_db, float_below=float_below, record=record,
+            ).run(measure)  # fmt: skip
         return _Acceleration(model, example, precision, keep, inplace).run(measure)
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pydenoise.surgery import layers
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}  # of layers that stay in float
 
 
 class Policy:
@@ -17,7 +17,8 @@ class Policy:
     def __init__(self, model: nn.Module, precision: str, keep: Iterable[str]):
         self.precision = precision
         self.dtype = PRECISIONS[precision]
-        self._kept = _resolve(model, keep)
+        self.names = dict(model.named_modules(remove_duplicate=False))
+        self._kept = _resolve(self.names, keep)
 
     def keeps(self, module: nn.Module) -> bool:
         """Whether the caller asked to keep ``module``."""
@@ -28,9 +29,8 @@ class Policy:
         return "named in keep" if self.keeps(module) else layers.why_conv_stays(module, self.dtype)
 
 
-def _resolve(model: nn.Module, keep: Iterable[str]) -> set[int]:
+def _resolve(names: dict[str, nn.Module], keep: Iterable[str]) -> set[int]:
     """Ids of the modules that ``keep`` names, with everything inside them."""
-    names = dict(model.named_modules(remove_duplicate=False))
     kept: set[int] = set()
     for pattern in keep:
         if not isinstance(pattern, str):

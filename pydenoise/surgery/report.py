@@ -29,6 +29,21 @@ class Kept:
 
 
 @dataclass
+class QuantizedLayer:
+    """One int8 layer: its scheme, why it has it, and the signal over noise of its output on the calibration samples.
+
+    ``snr_db`` is ``None`` where nothing was measured; ``per_bucket`` holds it for each range of timesteps (``None``
+    where no sample fell into one).
+    """
+
+    name: str
+    scheme: str
+    snr_db: float | None
+    reason: str
+    per_bucket: tuple[float | None, ...] | None = None
+
+
+@dataclass
 class Errors:
     """Largest absolute and relative (to the largest reference value) error over the example's outputs."""
 
@@ -48,6 +63,8 @@ class AccelerationReport:
         original_ms, accelerated_ms, speedup: medians of interleaved runs on the example, and the median of their
             ratios; ``None`` if not measured.
         fallbacks: op -> number of calls that ran on the reference backend during the example.
+        layers: with precision "int8", the scheme and the accuracy of each int8 layer. snr_db: of the model's output on
+            the example, ``None`` without error.
     """
 
     model: str
@@ -65,6 +82,8 @@ class AccelerationReport:
     rounds: int = 0
     threads: int = 0
     fallbacks: dict[str, int] = field(default_factory=dict)
+    layers: list[QuantizedLayer] = field(default_factory=list)
+    snr_db: float | None = None
 
     def to_json(self, indent: int | None = 2) -> str:
         """All of the report as JSON text."""
@@ -79,9 +98,29 @@ class AccelerationReport:
                 for s in self.swapped
             ]
             parts += ["", "swapped", *_table(columns, rows)]
+        if self.layers:
+            columns = ("int8 layer", "scheme", "SNR [dB]", "why")
+            rows = [
+                (entry.name, entry.scheme, "-" if entry.snr_db is None else f"{entry.snr_db:.1f}", entry.reason)
+                for entry in self.layers
+            ]
+            parts += ["", "quantized", *_table(columns, rows)]
         if self.kept:
             parts += ["", "kept", *_table(("what", "where", "why"), self._kept_rows())]
         return "\n".join([*parts, "", *self._summary()])
+
+    def plot(self, path: str | None = None):
+        """Draw the signal over noise of each int8 layer, and of each range of timesteps where there are several.
+
+        Args:
+            path: of a picture to write (its ending says the format); ``None`` writes none.
+
+        Returns:
+            The matplotlib figure. Raises ``ValueError`` for a report without int8 layers.
+        """
+        from pydenoise.surgery.plots import plot_snr
+
+        return plot_snr(self, path)
 
     def _headline(self) -> str:
         count = f"{len(self.swapped)} layer{'' if len(self.swapped) == 1 else 's'} swapped"
@@ -106,6 +145,8 @@ class AccelerationReport:
             )
         if self.error is not None:
             lines.append(f"error against the original: {_error_text(self.error)}")
+        if self.snr_db is not None:
+            lines.append(f"signal over noise of the output: {self.snr_db:.1f} dB")
         if self.error_float64 is not None:
             lines.append(
                 f"error against float64: accelerated {_error_text(self.error_float64)}; "
