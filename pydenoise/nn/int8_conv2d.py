@@ -120,8 +120,7 @@ class Int8Conv2d(Int8Layer):
         return call(op.OP, torch.ops.pydenoise.int8_conv2d, args, "auto")
 
     def _pack(self, weight: Tensor) -> object | None:
-        pack = getattr(op, "pack", None)
-        return None if pack is None else pack(weight, self.stride, self.dilation, self.groups)
+        return op.pack(weight, self.stride, self.dilation, self.groups)
 
     # ------------------------------------------------------------------------------------------ hooks of Int8Layer
 

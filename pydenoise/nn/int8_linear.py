@@ -82,7 +82,7 @@ class Int8Linear(Int8Layer):
         )
         scales = (scale, self.weight_scale, zero_point, self.bias)
         if _int8.is_plain(codes):
-            packed = self._packed_weight(_pack)
+            packed = self._packed_weight(op.pack)
             if packed is not None:
                 return op.int8_linear_packed(codes, packed, *scales, *fused)
         return call(op.OP, torch.ops.pydenoise.int8_linear, (codes, self.weight, *scales, *fused), "auto")
@@ -169,11 +169,6 @@ def joined(layers: Sequence[nn.Module], name: str) -> nn.Linear:
         parts = [w.new_zeros(w.shape[0]) if b is None else b for w, b in ((lay.weight, lay.bias) for lay in layers)]
         result.bias = nn.Parameter(torch.cat(parts).detach(), requires_grad=False)
     return result.eval()
-
-
-def _pack(weight: Tensor) -> object | None:
-    pack = getattr(op, "pack", None)
-    return None if pack is None else pack(weight)
 
 
 def _check_linear(layer: nn.Module, name: str) -> None:
