@@ -34,423 +34,185 @@ struct Side {
 
 enum class Scale { tensor, pixel, pixel_symmetric };
 
-struct Case {
-    const char* why;
-    int64_t batch, groups, in_channels, out_channels;  // channels per group
-    Side rows, columns;
+constexpr int kNone = 1000;  // not a zero point: none is given
+constexpr int kF32 = static_cast<int>(DType::float32), kB16 = static_cast<int>(DType::bfloat16),
+              kF16 = static_cast<int>(DType::float16);
+
+struct Options {
     DType out = DType::int32;
-    int zero = 0;  // the input's; 1000: none given
+    int zero = 0;  // of the input
     Scale scale = Scale::tensor;
     Activation activation = Activation::none;
     bool bias = false, channel_bias = false, film = false;
     int residual = -1;  // a DType, or none
     int64_t upsample = 1, gap = 0;
-    int out_zero = 1000;
+    int out_zero = kNone;
     int threads = 2;
     bool extreme = false;  // all codes and weights are -128
 };
 
-constexpr int kNone = 1000;
-constexpr int kF32 = static_cast<int>(DType::float32), kB16 = static_cast<int>(DType::bfloat16),
-              kF16 = static_cast<int>(DType::float16);
+struct Size {
+    int64_t batch, groups, in_channels, out_channels;  // channels per group
+};
+
+struct Case {
+    const char* why;
+    Size size;
+    Side rows, columns;
+    Options with;
+};
 
 const Case kCases[] = {
-    {"all tiles full", 1, 1, 64, 64, {16, 3, 1, 1}, {28, 3, 1, 1}, DType::int32, -7},
-    {"no zero point", 1, 1, 64, 32, {5, 3, 1, 1}, {9, 3, 1, 1}, DType::int32, kNone},
-    {"weights and codes of -128",
-     1,
-     1,
-     96,
-     33,
-     {4, 3, 1, 1},
-     {4, 3, 1, 1},
-     DType::int32,
-     127,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     1,
-     0,
-     kNone,
-     2,
-     true},
-    {"channels in the tail of a step", 2, 1, 37, 41, {7, 3, 1, 1}, {31, 3, 1, 1}, DType::int32, 100},
-    {"one channel in, one out", 1, 1, 1, 1, {6, 3, 1, 1}, {5, 3, 1, 1}, DType::int32, -128},
-    {"three channels in", 1, 1, 3, 40, {12, 3, 1, 1}, {13, 3, 1, 1}, DType::int32, 5},
-    {"channels just over a chunk of the copy", 1, 1, 65, 17, {5, 3, 1, 1}, {17, 3, 1, 1}, DType::int32, 3},
-    {"one vector in the last block",
-     2,
-     1,
-     16,
-     48,
-     {3, 3, 1, 1},
-     {15, 3, 1, 1},
-     DType::int32,
-     3,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     1,
-     3},
-    {"stride 2", 1, 1, 20, 24, {17, 3, 2, 1}, {23, 3, 2, 1}, DType::int32, 9},
-    {"stride 2, even kernel", 1, 1, 8, 24, {16, 4, 2, 1}, {22, 4, 2, 1}, DType::int32, -9},
-    {"stride 3 and 2, dilation 2 and 3", 2, 1, 12, 16, {29, 3, 3, 2, 2}, {33, 3, 2, 4, 3}, DType::int32, 9},
-    {"stride larger than the kernel", 1, 1, 12, 16, {29, 2, 5, 0}, {33, 1, 3, 0}, DType::int32, 1},
-    {"dilation larger than the image", 1, 1, 16, 16, {5, 3, 1, 8, 8}, {6, 3, 1, 9, 9}, DType::int32, 11},
-    {"more padding than image", 1, 1, 8, 16, {3, 3, 1, 6}, {2, 3, 1, 7}, DType::int32, 11},
-    {"padding on one side", 1, 1, 8, 16, {9, 3, 2, 0, 1, 1}, {8, 3, 2, 0, 1, 1}, DType::int32, 11},
-    {"upsampled",
-     2,
-     1,
-     24,
-     32,
-     {7, 3, 1, 1},
-     {9, 3, 1, 1},
-     DType::int32,
-     11,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     2},
+    {"all tiles full", {1, 1, 64, 64}, {16, 3, 1, 1}, {28, 3, 1, 1}, {.zero = -7}},
+    {"no zero point", {1, 1, 64, 32}, {5, 3, 1, 1}, {9, 3, 1, 1}, {.zero = kNone}},
+    {"weights and codes of -128", {1, 1, 96, 33}, {4, 3, 1, 1}, {4, 3, 1, 1}, {.zero = 127, .extreme = true}},
+    {"channels in the tail of a step", {2, 1, 37, 41}, {7, 3, 1, 1}, {31, 3, 1, 1}, {.zero = 100}},
+    {"one channel in, one out", {1, 1, 1, 1}, {6, 3, 1, 1}, {5, 3, 1, 1}, {.zero = -128}},
+    {"three channels in", {1, 1, 3, 40}, {12, 3, 1, 1}, {13, 3, 1, 1}, {.zero = 5}},
+    {"channels just over a chunk of the copy", {1, 1, 65, 17}, {5, 3, 1, 1}, {17, 3, 1, 1}, {.zero = 3}},
+    {"one vector in the last block", {2, 1, 16, 48}, {3, 3, 1, 1}, {15, 3, 1, 1}, {.zero = 3, .gap = 3}},
+    {"stride 2", {1, 1, 20, 24}, {17, 3, 2, 1}, {23, 3, 2, 1}, {.zero = 9}},
+    {"stride 2, even kernel", {1, 1, 8, 24}, {16, 4, 2, 1}, {22, 4, 2, 1}, {.zero = -9}},
+    {"stride 3 and 2, dilation 2 and 3", {2, 1, 12, 16}, {29, 3, 3, 2, 2}, {33, 3, 2, 4, 3}, {.zero = 9}},
+    {"stride larger than the kernel", {1, 1, 12, 16}, {29, 2, 5, 0}, {33, 1, 3, 0}, {.zero = 1}},
+    {"dilation larger than the image", {1, 1, 16, 16}, {5, 3, 1, 8, 8}, {6, 3, 1, 9, 9}, {.zero = 11}},
+    {"more padding than image", {1, 1, 8, 16}, {3, 3, 1, 6}, {2, 3, 1, 7}, {.zero = 11}},
+    {"padding on one side", {1, 1, 8, 16}, {9, 3, 2, 0, 1, 1}, {8, 3, 2, 0, 1, 1}, {.zero = 11}},
+    {"upsampled", {2, 1, 24, 32}, {7, 3, 1, 1}, {9, 3, 1, 1}, {.zero = 11, .upsample = 2}},
     {"upsampled, stride 2, dilation 2",
-     1,
-     1,
-     24,
-     32,
+     {1, 1, 24, 32},
      {7, 3, 2, 1, 2},
      {9, 3, 2, 3, 2},
-     DType::int32,
-     11,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     2,
-     5},
-    {"groups",
-     2,
-     3,
-     20,
-     24,
-     {7, 3, 1, 1},
-     {10, 3, 1, 1},
-     DType::int32,
-     2,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     1,
-     1},
-    {"small groups", 1, 8, 4, 4, {7, 3, 1, 1}, {10, 3, 1, 1}, DType::int32, 2},
-    {"depthwise",
-     2,
-     37,
-     1,
-     1,
-     {7, 3, 1, 1},
-     {10, 3, 1, 1},
-     DType::int32,
-     2,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     1,
-     3},
-    {"depthwise, two outputs per channel", 1, 9, 1, 2, {7, 3, 1, 1}, {10, 3, 1, 1}, DType::int32, 2},
-    {"single pixel", 3, 1, 16, 16, {1, 3, 1, 1}, {1, 3, 1, 1}, DType::int32, 4},
-    {"1x1 kernel", 2, 1, 70, 50, {5, 1}, {9, 1}, DType::int32, 4},
-    {"1x1 kernel, stride 2", 1, 1, 64, 50, {5, 1, 2}, {9, 1, 2}, DType::int32, 4},
-    {"tokens", 1, 1, 320, 96, {1, 1}, {77, 1}, DType::int32, 4},
-    {"more tokens than a strip", 1, 1, 1030, 33, {1, 1}, {150, 1}, DType::int32, 4},
-    {"many rows, one column", 1, 1, 32, 32, {60, 3, 1, 1}, {1, 3, 1, 1}, DType::int32, 4},
-    {"wider than a strip", 1, 1, 8, 16, {5, 3, 1, 1}, {200, 3, 1, 1}, DType::int32, 4},
-    {"large kernel", 1, 1, 5, 16, {9, 11, 1, 5}, {12, 7, 1, 3}, DType::int32, 4},
-    {"one thread",
-     1,
-     1,
-     32,
-     64,
-     {20, 3, 1, 1},
-     {21, 3, 1, 1},
-     DType::int32,
-     4,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     1,
-     0,
-     kNone,
-     1},
-    {"many threads",
-     1,
-     1,
-     32,
-     96,
-     {20, 3, 1, 1},
-     {21, 3, 1, 1},
-     DType::int32,
-     4,
-     Scale::tensor,
-     Activation::none,
-     false,
-     false,
-     false,
-     -1,
-     1,
-     0,
-     kNone,
-     16},
-    {"no images", 0, 1, 16, 16, {8, 3, 1, 1}, {8, 3, 1, 1}},
-
-    {"float32: scale alone", 1, 1, 64, 64, {8, 3, 1, 1}, {8, 3, 1, 1}, DType::float32, 12},
+     {.zero = 11, .upsample = 2, .gap = 5}},
+    {"groups", {2, 3, 20, 24}, {7, 3, 1, 1}, {10, 3, 1, 1}, {.zero = 2, .gap = 1}},
+    {"small groups", {1, 8, 4, 4}, {7, 3, 1, 1}, {10, 3, 1, 1}, {.zero = 2}},
+    {"depthwise", {2, 37, 1, 1}, {7, 3, 1, 1}, {10, 3, 1, 1}, {.zero = 2, .gap = 3}},
+    {"depthwise, two outputs per channel", {1, 9, 1, 2}, {7, 3, 1, 1}, {10, 3, 1, 1}, {.zero = 2}},
+    {"single pixel", {3, 1, 16, 16}, {1, 3, 1, 1}, {1, 3, 1, 1}, {.zero = 4}},
+    {"1x1 kernel", {2, 1, 70, 50}, {5, 1}, {9, 1}, {.zero = 4}},
+    {"1x1 kernel, stride 2", {1, 1, 64, 50}, {5, 1, 2}, {9, 1, 2}, {.zero = 4}},
+    {"tokens", {1, 1, 320, 96}, {1, 1}, {77, 1}, {.zero = 4}},
+    {"more tokens than a strip", {1, 1, 1030, 33}, {1, 1}, {150, 1}, {.zero = 4}},
+    {"many rows, one column", {1, 1, 32, 32}, {60, 3, 1, 1}, {1, 3, 1, 1}, {.zero = 4}},
+    {"wider than a strip", {1, 1, 8, 16}, {5, 3, 1, 1}, {200, 3, 1, 1}, {.zero = 4}},
+    {"large kernel", {1, 1, 5, 16}, {9, 11, 1, 5}, {12, 7, 1, 3}, {.zero = 4}},
+    {"one thread", {1, 1, 32, 64}, {20, 3, 1, 1}, {21, 3, 1, 1}, {.zero = 4, .threads = 1}},
+    {"many threads", {1, 1, 32, 96}, {20, 3, 1, 1}, {21, 3, 1, 1}, {.zero = 4, .threads = 16}},
+    {"no images", {0, 1, 16, 16}, {8, 3, 1, 1}, {8, 3, 1, 1}, {}},
+    {"float32: scale alone", {1, 1, 64, 64}, {8, 3, 1, 1}, {8, 3, 1, 1}, {.out = DType::float32, .zero = 12}},
     {"float32: everything",
-     2,
-     1,
-     32,
-     40,
+     {2, 1, 32, 40},
      {6, 3, 1, 1},
      {15, 3, 1, 1},
-     DType::float32,
-     12,
-     Scale::tensor,
-     Activation::silu,
-     true,
-     true,
-     true,
-     kF32,
-     1,
-     2},
+     {.out = DType::float32,
+      .zero = 12,
+      .activation = Activation::silu,
+      .bias = true,
+      .channel_bias = true,
+      .film = true,
+      .residual = kF32,
+      .gap = 2}},
     {"float32: relu, bfloat16 residual",
-     2,
-     1,
-     32,
-     33,
+     {2, 1, 32, 33},
      {6, 3, 1, 1},
      {15, 3, 1, 1},
-     DType::float32,
-     12,
-     Scale::tensor,
-     Activation::relu,
-     true,
-     false,
-     false,
-     kB16},
+     {.out = DType::float32, .zero = 12, .activation = Activation::relu, .bias = true, .residual = kB16}},
     {"bfloat16: gelu, float16 residual",
-     2,
-     1,
-     32,
-     33,
+     {2, 1, 32, 33},
      {6, 3, 1, 1},
      {15, 3, 1, 1},
-     DType::bfloat16,
-     -12,
-     Scale::tensor,
-     Activation::gelu,
-     true,
-     true,
-     false,
-     kF16,
-     1,
-     1},
+     {.out = DType::bfloat16,
+      .zero = -12,
+      .activation = Activation::gelu,
+      .bias = true,
+      .channel_bias = true,
+      .residual = kF16,
+      .gap = 1}},
     {"float16: gelu_tanh, film",
-     2,
-     2,
-     32,
-     20,
+     {2, 2, 32, 20},
      {6, 3, 2, 1},
      {15, 3, 2, 1},
-     DType::float16,
-     -12,
-     Scale::tensor,
-     Activation::gelu_tanh,
-     false,
-     false,
-     true},
+     {.out = DType::float16, .zero = -12, .activation = Activation::gelu_tanh, .film = true}},
     {"float16 residual in full vectors",
-     1,
-     1,
-     32,
-     64,
+     {1, 1, 32, 64},
      {6, 3, 1, 1},
      {15, 3, 1, 1},
-     DType::float16,
-     -12,
-     Scale::tensor,
-     Activation::none,
-     true,
-     false,
-     false,
-     kF16},
+     {.out = DType::float16, .zero = -12, .bias = true, .residual = kF16}},
     {"int8, affine",
-     1,
-     1,
-     64,
-     70,
+     {1, 1, 64, 70},
      {6, 3, 1, 1},
      {15, 3, 1, 1},
-     DType::int8,
-     -100,
-     Scale::tensor,
-     Activation::silu,
-     true,
-     true,
-     false,
-     kF32,
-     1,
-     0,
-     -90},
+     {.out = DType::int8,
+      .zero = -100,
+      .activation = Activation::silu,
+      .bias = true,
+      .channel_bias = true,
+      .residual = kF32,
+      .out_zero = -90}},
     {"int8, symmetric",
-     1,
-     1,
-     64,
-     64,
+     {1, 1, 64, 64},
      {6, 3, 1, 1},
      {15, 3, 1, 1},
-     DType::int8,
-     -100,
-     Scale::tensor,
-     Activation::relu,
-     true},
+     {.out = DType::int8, .zero = -100, .activation = Activation::relu, .bias = true}},
     {"depthwise, float32",
-     2,
-     50,
-     1,
-     1,
+     {2, 50, 1, 1},
      {7, 3, 2, 1},
      {10, 3, 2, 1},
-     DType::float32,
-     2,
-     Scale::tensor,
-     Activation::silu,
-     true,
-     true,
-     true,
-     kF32,
-     2},
-
+     {.out = DType::float32,
+      .zero = 2,
+      .activation = Activation::silu,
+      .bias = true,
+      .channel_bias = true,
+      .film = true,
+      .residual = kF32,
+      .upsample = 2}},
     {"per pixel",
-     2,
-     1,
-     40,
-     50,
+     {2, 1, 40, 50},
      {9, 3, 1, 1},
      {19, 3, 1, 1},
-     DType::float32,
-     0,
-     Scale::pixel,
-     Activation::silu,
-     true,
-     true,
-     true,
-     kF32,
-     1,
-     1},
-    {"per pixel, symmetric", 1, 1, 64, 32, {9, 3, 1, 1}, {19, 3, 1, 1}, DType::float32, 0, Scale::pixel_symmetric},
+     {.out = DType::float32,
+      .scale = Scale::pixel,
+      .activation = Activation::silu,
+      .bias = true,
+      .channel_bias = true,
+      .film = true,
+      .residual = kF32,
+      .gap = 1}},
+    {"per pixel, symmetric",
+     {1, 1, 64, 32},
+     {9, 3, 1, 1},
+     {19, 3, 1, 1},
+     {.out = DType::float32, .scale = Scale::pixel_symmetric}},
     {"per pixel, stride 2, dilation 2",
-     1,
-     1,
-     12,
-     16,
+     {1, 1, 12, 16},
      {14, 3, 2, 2, 2},
      {19, 3, 2, 1, 2},
-     DType::float32,
-     0,
-     Scale::pixel},
+     {.out = DType::float32, .scale = Scale::pixel}},
     {"per pixel, upsampled",
-     2,
-     2,
-     12,
-     16,
+     {2, 2, 12, 16},
      {5, 3, 1, 1},
      {6, 3, 1, 1},
-     DType::float32,
-     0,
-     Scale::pixel,
-     Activation::none,
-     true,
-     false,
-     false,
-     -1,
-     2},
+     {.out = DType::float32, .scale = Scale::pixel, .bias = true, .upsample = 2}},
     {"per pixel, dilation larger than the image",
-     1,
-     1,
-     8,
-     8,
+     {1, 1, 8, 8},
      {3, 3, 1, 5, 5},
      {4, 3, 1, 5, 5},
-     DType::float32,
-     0,
-     Scale::pixel},
+     {.out = DType::float32, .scale = Scale::pixel}},
     {"per token",
-     1,
-     1,
-     96,
-     50,
+     {1, 1, 96, 50},
      {1, 1},
      {45, 1},
-     DType::float32,
-     0,
-     Scale::pixel,
-     Activation::gelu,
-     true,
-     false,
-     false,
-     kF32},
+     {.out = DType::float32, .scale = Scale::pixel, .activation = Activation::gelu, .bias = true, .residual = kF32}},
     {"per token, symmetric, int8 output",
-     1,
-     1,
-     96,
-     50,
+     {1, 1, 96, 50},
      {1, 1},
      {45, 1},
-     DType::int8,
-     0,
-     Scale::pixel_symmetric,
-     Activation::none,
-     true,
-     false,
-     false,
-     -1,
-     1,
-     0,
-     7},
+     {.out = DType::int8, .scale = Scale::pixel_symmetric, .bias = true, .out_zero = 7}},
     {"per pixel, depthwise",
-     2,
-     21,
-     1,
-     1,
+     {2, 21, 1, 1},
      {7, 3, 1, 1},
      {10, 3, 1, 1},
-     DType::float32,
-     0,
-     Scale::pixel,
-     Activation::none,
-     true,
-     false,
-     false,
-     -1,
-     2},
+     {.out = DType::float32, .scale = Scale::pixel, .bias = true, .upsample = 2}},
 };
 
 // Memory that begins at a cache line, as a tensor's does, and ends where the tensor ends.
@@ -505,48 +267,50 @@ struct Problem {
         std::mt19937 generator(5);
         std::uniform_int_distribution<int> codes(-128, 127);
         std::normal_distribution<float> normal;
-        const int64_t channels = c.groups * c.in_channels, filters = c.groups * c.out_channels;
-        p.batch = c.batch, p.groups = c.groups, p.in_channels = c.in_channels, p.out_channels = c.out_channels;
-        p.rows = axis(c.rows, c.upsample), p.columns = axis(c.columns, c.upsample);
-        p.columns.in_stride = channels + c.gap, p.rows.in_stride = p.columns.in_stride * c.columns.size;
-        p.columns.out_stride = p.columns.residual_stride = filters + c.gap;
+        const int64_t channels = c.size.groups * c.size.in_channels, filters = c.size.groups * c.size.out_channels;
+        p.batch = c.size.batch, p.groups = c.size.groups, p.in_channels = c.size.in_channels,
+        p.out_channels = c.size.out_channels;
+        p.rows = axis(c.rows, c.with.upsample), p.columns = axis(c.columns, c.with.upsample);
+        p.columns.in_stride = channels + c.with.gap, p.rows.in_stride = p.columns.in_stride * c.columns.size;
+        p.columns.out_stride = p.columns.residual_stride = filters + c.with.gap;
         p.rows.out_stride = p.rows.residual_stride = p.columns.out_stride * p.columns.out_size;
         p.in_batch_stride = p.rows.in_stride * c.rows.size;
         p.out_batch_stride = p.residual_batch_stride = p.rows.out_stride * p.rows.out_size;
-        p.upsample = c.upsample, p.threads = c.threads;
-        p.activation = c.activation, p.out_dtype = c.out;
+        p.upsample = c.with.upsample, p.threads = c.with.threads;
+        p.activation = c.with.activation, p.out_dtype = c.with.out;
         const auto fill = [&](Values<int8_t>& to, int64_t count) {
             to.resize(static_cast<size_t>(std::max<int64_t>(count, 0)));
-            for (int8_t& x : to) x = static_cast<int8_t>(c.extreme ? -128 : codes(generator));
+            for (int8_t& x : to) x = static_cast<int8_t>(c.with.extreme ? -128 : codes(generator));
         };
         const auto normals = [&](Values<float>& to, int64_t count, float scale) {
             to.resize(static_cast<size_t>(count));
             for (float& x : to) x = scale * normal(generator);
         };
-        fill(input, c.batch * p.in_batch_stride - c.gap);
-        fill(weight, filters * c.in_channels * c.rows.kernel * c.columns.kernel);
-        const int64_t pixels = c.scale == Scale::tensor ? 1 : c.batch * c.rows.size * c.columns.size;
-        p.per_pixel = c.scale != Scale::tensor;
+        fill(input, c.size.batch * p.in_batch_stride - c.with.gap);
+        fill(weight, filters * c.size.in_channels * c.rows.kernel * c.columns.kernel);
+        const int64_t pixels = c.with.scale == Scale::tensor ? 1 : c.size.batch * c.rows.size * c.columns.size;
+        p.per_pixel = c.with.scale != Scale::tensor;
         for (int64_t i = 0; i < pixels; ++i) {
             input_scale.push_back(0.01f + 0.03f * std::fabs(normal(generator)));
-            zero.push_back(p.per_pixel ? codes(generator) : c.zero);
+            zero.push_back(p.per_pixel ? codes(generator) : c.with.zero);
         }
-        if (p.per_pixel && c.batch > 0) zero[0] = -128, zero[static_cast<size_t>(pixels - 1)] = 127;
+        if (p.per_pixel && c.size.batch > 0) zero[0] = -128, zero[static_cast<size_t>(pixels - 1)] = 127;
         normals(weight_scale, filters, 0.f);
         for (float& x : weight_scale) x = 0.001f + 0.001f * std::fabs(normal(generator));
         normals(bias, filters, 1.f);
-        normals(channel_bias, c.batch * filters, 1.f);
-        normals(film, c.batch * 2 * filters, 0.5f);
-        outputs = std::max<int64_t>(0, c.batch * p.out_batch_stride - c.gap);
-        output.resize(static_cast<size_t>(outputs * bytes_of(c.out)));
+        normals(channel_bias, c.size.batch * filters, 1.f);
+        normals(film, c.size.batch * 2 * filters, 0.5f);
+        outputs = std::max<int64_t>(0, c.size.batch * p.out_batch_stride - c.with.gap);
+        output.resize(static_cast<size_t>(outputs * bytes_of(c.with.out)));
         p.input = input.data(), p.output = output.data();
-        if (c.out != DType::int32) p.input_scale = input_scale.data(), p.weight_scale = weight_scale.data();
-        if (c.scale == Scale::pixel || (c.scale == Scale::tensor && c.zero != kNone)) p.input_zero_point = zero.data();
-        if (c.bias) p.bias = bias.data();
-        if (c.channel_bias) p.channel_bias = channel_bias.data();
-        if (c.film) p.film = film.data();
-        if (c.residual >= 0) {
-            p.residual_dtype = static_cast<DType>(c.residual);
+        if (c.with.out != DType::int32) p.input_scale = input_scale.data(), p.weight_scale = weight_scale.data();
+        if (c.with.scale == Scale::pixel || (c.with.scale == Scale::tensor && c.with.zero != kNone))
+            p.input_zero_point = zero.data();
+        if (c.with.bias) p.bias = bias.data();
+        if (c.with.channel_bias) p.channel_bias = channel_bias.data();
+        if (c.with.film) p.film = film.data();
+        if (c.with.residual >= 0) {
+            p.residual_dtype = static_cast<DType>(c.with.residual);
             residual.resize(static_cast<size_t>(outputs * bytes_of(p.residual_dtype)));
             for (int64_t i = 0; i < outputs; ++i) {
                 const float x = normal(generator);
@@ -557,10 +321,10 @@ struct Problem {
             }
             p.residual = residual.data();
         }
-        if (c.out == DType::int8) {
+        if (c.with.out == DType::int8) {
             p.out_scale = &out_scale;
-            out_zero = c.out_zero == kNone ? 0 : c.out_zero;
-            p.out_zero_point = c.out_zero == kNone ? nullptr : &out_zero;
+            out_zero = c.with.out_zero == kNone ? 0 : c.with.out_zero;
+            p.out_zero_point = c.with.out_zero == kNone ? nullptr : &out_zero;
         }
         packed.resize(static_cast<size_t>(algorithm.packed_bytes(p)));
         scratch.resize(static_cast<size_t>(algorithm.scratch_bytes(p)));
@@ -568,8 +332,8 @@ struct Problem {
     }
 
     void poison() {
-        std::memset(output.data(), 0x7f, output.size());
-        std::memset(scratch.data(), 0x7f, scratch.size());
+        std::fill(output.begin(), output.end(), 0x7f);
+        std::fill(scratch.begin(), scratch.end(), 0x7f);
     }
 };
 
@@ -610,11 +374,11 @@ double expected(const Case& c, const Problem& q, int64_t n, int64_t y, int64_t x
             int64_t acc = 0;
             for (int64_t ch = 0; ch < p.in_channels; ++ch)
                 acc += (code[ch] - zero) * w[ch * p.rows.kernel * p.columns.kernel];
-            const double scale = c.out == DType::int32 ? 1.0 : static_cast<double>(q.input_scale[pixel]);
+            const double scale = c.with.out == DType::int32 ? 1.0 : static_cast<double>(q.input_scale[pixel]);
             sum += scale * static_cast<double>(acc);
             size += scale * std::fabs(static_cast<double>(acc));
         }
-    if (c.out == DType::int32) return sum;
+    if (c.with.out == DType::int32) return sum;
     double value = sum * q.weight_scale[static_cast<size_t>(o)];
     size *= q.weight_scale[static_cast<size_t>(o)];
     const auto add = [&](double term) { value += term, size += std::fabs(term); };
@@ -625,7 +389,7 @@ double expected(const Case& c, const Problem& q, int64_t n, int64_t y, int64_t x
         value *= gain, size *= std::fabs(gain);
         add(p.film[n * 2 * filters + filters + o]);
     }
-    value = activate_exactly(value, c.activation);
+    value = activate_exactly(value, c.with.activation);
     if (p.residual) {
         const int64_t at = n * p.residual_batch_stride + y * p.rows.residual_stride + x * p.columns.residual_stride + o;
         add(value_of(q.residual, p.residual_dtype, at));
@@ -637,7 +401,7 @@ double expected(const Case& c, const Problem& q, int64_t n, int64_t y, int64_t x
 // Largest error over its bound (<= 1 is right); infinite where the kernel left a hole or wrote what is not its own.
 double error_ratio(const Case& c, const Problem& q) {
     const ConvParams& p = q.p;
-    const int64_t filters = p.groups * p.out_channels, pixel = filters + c.gap;
+    const int64_t filters = p.groups * p.out_channels, pixel = filters + c.with.gap;
     const double infinity = std::numeric_limits<double>::infinity();
     double worst = 0;
     for (int64_t at = 0; at < q.outputs; ++at) {
@@ -645,22 +409,22 @@ double error_ratio(const Case& c, const Problem& q) {
         const int64_t y = place / p.columns.out_size % p.rows.out_size,
                       n = place / p.columns.out_size / p.rows.out_size;
         if (o >= filters) {
-            for (int64_t i = 0; i < bytes_of(c.out); ++i)
-                if (q.output[static_cast<size_t>(at * bytes_of(c.out) + i)] != 0x7f) return infinity;
+            for (int64_t i = 0; i < bytes_of(c.with.out); ++i)
+                if (q.output[static_cast<size_t>(at * bytes_of(c.with.out) + i)] != 0x7f) return infinity;
             continue;
         }
-        const double got = value_of(q.output, c.out, at);
+        const double got = value_of(q.output, c.with.out, at);
         double size = 0, error = 0;
         const double want = expected(c, q, n, y, x, o, &size);
-        if (c.out == DType::int32) {
+        if (c.with.out == DType::int32) {
             error = got == want ? 0 : infinity;
-        } else if (c.out == DType::int8) {
+        } else if (c.with.out == DType::int8) {
             const double ratio = want / q.out_scale, low = p.out_zero_point ? -128 : -127;
             const auto code = [&](double r) { return std::min(127.0, std::max(low, std::rint(r) + q.out_zero)); };
             const double slack = 1e-6 * (size / q.out_scale + 1);
             error = got >= code(ratio - slack) && got <= code(ratio + slack) ? 0 : infinity;
         } else {
-            const double rounding = c.out == DType::float32 ? 6e-8 : c.out == DType::bfloat16 ? 4e-3 : 5e-4;
+            const double rounding = c.with.out == DType::float32 ? 6e-8 : c.with.out == DType::bfloat16 ? 4e-3 : 5e-4;
             error = std::fabs(got - want) / (1e-6 * size + rounding * std::fabs(want) + 1e-7);
         }
         if (!(error <= 1e30)) return infinity;
@@ -677,7 +441,7 @@ bool split_changes_result(Problem& q, const Algorithm& algorithm, bool fresh) {
     q.poison();
     const uint64_t call = next_call++;
     for (int64_t item = algorithm.items(q.p) - 1; item >= 0; --item) {
-        if (fresh) std::memset(q.scratch.data(), 0x7f, q.scratch.size());
+        if (fresh) std::fill(q.scratch.begin(), q.scratch.end(), 0x7f);
         algorithm.run(q.p, item, item + 1, q.scratch.data(), call);
     }
     return whole != q.output;
@@ -708,31 +472,28 @@ int check() {
 
 // ------------------------------------------------------------------------------------------------------- timing
 
-double seconds() {
+// One thread is timed by what it computed, several by the wall: what others do on the machine then counts.
+double seconds(int threads) {
     timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(threads == 1 ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &now);
     return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
 }
 
 // Operations per second of dot() on one core: twelve independent chains of register operands.
 double burst(int64_t rounds) {
     vi acc[12];
-    vi x = splat_lanes(0x01010101);
+    const vi x = splat_lanes(0x01010101);
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) acc[i] = vi{};
-    const double start = seconds();
-    for (int64_t r = 0; r < rounds; ++r) {
-        asm volatile("" : "+m"(rounds));
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; ++i) acc[i] = dot(acc[i], x, x);
-    }
-    const double time = seconds() - start;
+    const double start = seconds(1);
+    for (int64_t r = 0; r < rounds; ++r)
+#pragma GCC unroll 48
+        for (int i = 0; i < 48; ++i) acc[i % 12] = dot(acc[i % 12], x, x);
     vi sum{};
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) sum += acc[i];
-    volatile int32_t sink = sum[0];
-    static_cast<void>(sink);
-    return 12.0 * kWidth * kChannels * 2 * static_cast<double>(rounds) / time;
+    asm volatile("" : : "m"(sum));
+    return 48.0 * kWidth * kChannels * 2 * static_cast<double>(rounds) / (seconds(1) - start);
 }
 
 // A pool of threads that spin, so that waking them does not count: what the kernel can do.
@@ -778,18 +539,12 @@ struct Layer {
 };
 
 void time_layer(const Layer& l, int threads, Team& team) {
-    Case c = {"timing",
-              l.batch,
-              1,
-              l.in,
-              l.out,
-              {l.height, l.kernel, l.stride, l.kernel / 2},
-              {l.width, l.kernel, l.stride, l.kernel / 2},
-              l.dtype,
-              3};
-    c.activation = l.activation;
-    c.bias = true;
-    c.threads = threads;
+    const Side rows = {l.height, l.kernel, l.stride, l.kernel / 2},
+               columns = {l.width, l.kernel, l.stride, l.kernel / 2};
+    Case c = {"timing", {l.batch, 1, l.in, l.out}, rows, columns, {.out = l.dtype, .zero = 3}};
+    c.with.activation = l.activation;
+    c.with.bias = true;
+    c.with.threads = threads;
     Problem q(c, kDense);
     kDense.pack(q.p, q.weight.data(), q.packed.data(), 0, kDense.pack_items(q.p));
     std::vector<Values<char>> scratch(static_cast<size_t>(threads), q.scratch);
@@ -805,12 +560,12 @@ void time_layer(const Layer& l, int threads, Team& team) {
     double best = 1e30, peak = 0;
     const int repeats = static_cast<int>(std::min(400.0, std::max(12.0, 2e10 / operations)));
     for (int i = 0; i < repeats; ++i) {
-        if (i % 8 == 0) peak = std::max(peak, burst(3000));
+        if (i % 8 == 0) peak = std::max(peak, burst(8000));
         call = next_call++;
         next = 0;
-        const double start = seconds();
+        const double start = seconds(threads);
         team.run(share);
-        best = std::min(best, seconds() - start);
+        best = std::min(best, seconds(threads) - start);
     }
     std::printf(
         "%4lld -> %4lld %lldx%lld, %3lld x %3lld, batch %lld, %2lld items: %9.1f us, %7.1f GOP/s, %.3f of the peak\n",

@@ -10,9 +10,28 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HARNESSES = sorted(path.name for path in Path(__file__).parent.glob("*_harness.cpp"))
-FLAGS = ["-std=c++20", "-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
-AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
-LEVELS = {"baseline": [], "avx2": ["-mavx2", "-mfma"], "avx512": AVX512}
+FLAGS = ["-std=c++20", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-Wno-maybe-uninitialized"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+LEVELS = {
+    "baseline": [],
+    "avx2": AVX2,
+    "avx2vnni": [*AVX2, "-mavxvnni"],
+    "avx2vnni_on_avx512": [*AVX2, "-mavxvnni", "-DPDN_EVEX_VNNI"],  # the same code, its one instruction in EVEX form
+    "avx512": AVX512,
+    "avx512vnni": [*AVX512, "-mavx512vnni"],
+}
+NEEDS = {
+    "baseline": [],
+    "avx2": ["avx2", "fma", "f16c"],
+    "avx2vnni": ["avx_vnni"],
+    "avx2vnni_on_avx512": ["avx512_vnni", "avx512vl"],
+    "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
+    "avx512vnni": ["avx512_vnni"],
+}
+FLOAT_LEVELS = ["baseline", "avx2", "avx512"]
+INT8 = ["int8_conv2d_harness.cpp"]  # what has bodies of its own for VNNI
+RUNS = [(harness, level) for harness in HARNESSES for level in (LEVELS if harness in INT8 else FLOAT_LEVELS)]
 EMULATED = {"baseline": "Nehalem", "avx2": "Haswell"}
 SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
@@ -24,13 +43,21 @@ pytestmark = [
 
 def processor_has(level: str) -> bool:
     flags = Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split()
-    needs = {"baseline": [], "avx2": ["avx2", "fma"], "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"]}
-    return all(flag in flags for flag in needs[level])
+    return all(flag in flags for flag in NEEDS[level])
 
 
 def build(harness: str, level: str, flags: list[str], folder: Path) -> Path:
     program = folder / f"{harness}.{level}"
-    command = ["g++", *FLAGS, *LEVELS[level], *flags, str(ROOT / "tests" / "native" / harness), "-o", str(program)]
+    command = [
+        "g++",
+        *FLAGS,
+        *LEVELS[level],
+        *flags,
+        "-pthread",
+        str(ROOT / "tests" / "native" / harness),
+        "-o",
+        str(program),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return program
 
@@ -40,8 +67,7 @@ def run(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)} -> {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("harness", HARNESSES)
+@pytest.mark.parametrize(("harness", "level"), RUNS)
 def test_under_sanitizers(harness, level, tmp_path):
     if not processor_has(level):
         pytest.skip(f"this processor has no {level}")
@@ -59,12 +85,13 @@ def test_on_an_older_processor(harness, level, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx512"])
-def test_level_objects_share_no_symbols(level, tmp_path):
+@pytest.mark.parametrize("op", ["weighted_conv", "int8_conv2d"])
+def test_level_objects_share_no_symbols(op, level, tmp_path):
     """A weak symbol in the object of one level could be the copy that all levels get."""
     target = tmp_path / "cpu.o"
-    source = ROOT / "csrc" / "weighted_conv" / "cpu.cpp"
+    source = ROOT / "csrc" / op / "cpu.cpp"
     command = ["g++", "-O1", *FLAGS, *LEVELS[level], f"-DPDN_ISA={level}", "-c", str(source), "-o", str(target)]
     subprocess.run(command, check=True, capture_output=True)
     symbols = subprocess.run(["nm", "-C", str(target)], check=True, capture_output=True, text=True).stdout
     exported = [line for line in symbols.splitlines() if line[17:18] in "WVuTDBR"]
-    assert [line.split()[-1] for line in exported] == [f"pdn::weighted_conv::kernels_{level}"]
+    assert [line.split()[-1] for line in exported] == [f"pdn::{op}::kernels_{level}"]
