@@ -76,33 +76,59 @@ def dynamic_parameters(low, high, nan, SYMMETRIC: tl.constexpr):
 # ----------------------------------------------------------------------------------------------------------- epilogue
 
 
-@triton.jit
-def finish(v, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, row, rows_ok, channel, channel_ok,
-           channels, ACTIVATION: tl.constexpr):  # fmt: skip
-    """Bias, FiLM, activation, residual, cast or requantization, and store of a tile of y [rows, channels], dense.
+_WIDEST = tl.constexpr(64)  # columns that the epilogue holds at a time, beside the accumulators: more would spill
 
-    ``v`` is float32 [rows, channels of the tile]; a tensor that is None is left out. ``n`` is each row's image.
+
+@triton.jit
+def finish(acc, row_scale, weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, row,
+           rows_ok, first, past, channels, RAW: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+    """The epilogue of a tile of y, dense [rows, channels]: from accumulators [rows, columns], int32 or float32.
+
+    Scales, bias, FiLM, activation, residual, then cast or requantization; a tensor that is None is left out. RAW stores
+    the accumulators. The columns are the channels from ``first`` on, below ``past``; ``n`` is each row's image, and
+    ``row_scale`` is one number or [rows] of them. Wide tiles are done in halves.
     """
-    mask = rows_ok[:, None] & channel_ok[None, :]
-    if bias is not None:
-        v += tl.load(bias + channel, mask=channel_ok, other=0.0)[None, :]
-    if channel_bias is not None:
-        v += tl.load(channel_bias + (n.to(tl.int64) * channels)[:, None] + channel[None, :], mask=mask, other=0.0)
-    if film is not None:
-        at = (n.to(tl.int64) * channels * 2)[:, None] + channel[None, :]
-        gain = tl.load(film + at, mask=mask, other=0.0)
-        v = v * (1.0 + gain) + tl.load(film + at + channels, mask=mask, other=0.0)
-    v = activate(v, ACTIVATION)
-    at = (row.to(tl.int64) * channels)[:, None] + channel[None, :]
-    if residual is not None:
-        v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    if out_scale is not None:
-        scale = tl.load(out_scale)
-        if out_zero_point is not None:
-            v = codes(v, tl.zeros_like(v) + scale, tl.load(out_zero_point), True)
+    rows: tl.constexpr = acc.shape[0]
+    width: tl.constexpr = acc.shape[1]
+    if width > _WIDEST:
+        half: tl.constexpr = width // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (rows, 2, half)), (0, 2, 1)))
+        finish(left, row_scale, weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, row,
+               rows_ok, first, past, channels, RAW, ACTIVATION)  # fmt: skip
+        finish(right, row_scale, weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n,
+               row, rows_ok, first + half, past, channels, RAW, ACTIVATION)  # fmt: skip
+    else:
+        channel = first + tl.arange(0, width)
+        channel_ok = channel < past
+        mask = rows_ok[:, None] & channel_ok[None, :]
+        at = (row.to(tl.int64) * channels)[:, None] + channel[None, :]
+        if RAW:
+            tl.store(y + at, acc, mask=mask)
         else:
-            v = codes(v, tl.zeros_like(v) + scale, 0, False)
-    tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
+            scale = tl.load(weight_scale + channel, mask=channel_ok, other=0.0)[None, :]
+            if len(row_scale.shape) == 1:
+                v = acc.to(tl.float32) * (scale * row_scale[:, None])
+            else:
+                v = acc.to(tl.float32) * (scale * row_scale)
+            if bias is not None:
+                v += tl.load(bias + channel, mask=channel_ok, other=0.0)[None, :]
+            if channel_bias is not None:
+                shift_at = (n.to(tl.int64) * channels)[:, None] + channel[None, :]
+                v += tl.load(channel_bias + shift_at, mask=mask, other=0.0)
+            if film is not None:
+                gain_at = (n.to(tl.int64) * channels * 2)[:, None] + channel[None, :]
+                gain = tl.load(film + gain_at, mask=mask, other=0.0)
+                v = v * (1.0 + gain) + tl.load(film + gain_at + channels, mask=mask, other=0.0)
+            v = activate(v, ACTIVATION)
+            if residual is not None:
+                v += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+            if out_scale is not None:
+                by = tl.zeros_like(v) + tl.load(out_scale)
+                if out_zero_point is not None:
+                    v = codes(v, by, tl.load(out_zero_point), True)
+                else:
+                    v = codes(v, by, 0, False)
+            tl.store(y + at, v.to(y.dtype.element_ty), mask=mask)
 
 
 # ----------------------------------------------------------------------------------------------------- sums of weights

@@ -127,7 +127,6 @@ def conv_kernel(
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     o_ok = o < out_channels
     channel = group * out_channels + o
-    channels = groups * out_channels
     taps = taps_h * taps_w
     k = tl.arange(0, BLOCK_K)
     x_rows = x + n.to(tl.int64) * x_n + group.to(tl.int64) * in_channels
@@ -192,13 +191,9 @@ def conv_kernel(
     if SHARE == "total" or SHARE == "taps":
         acc = _add_share(acc, sums, zero_point, channel, o_ok, from_h, from_w, in_h, in_w, dilation_h, dilation_w,
                          taps_h, taps_w, SHARE)  # fmt: skip
-    if RAW:
-        at = (m.to(tl.int64) * channels)[:, None] + channel[None, :]
-        tl.store(y + at, acc, mask=rows_ok[:, None] & o_ok[None, :])
-    else:
-        scale = tl.load(weight_scale + channel, mask=o_ok, other=0.0) * tl.load(input_scale)
-        finish(acc.to(tl.float32) * scale[None, :], bias, channel_bias, film, residual, out_scale, out_zero_point, y,
-               n, m, rows_ok, channel, o_ok, channels, ACTIVATION)  # fmt: skip
+    finish(acc, tl.load(input_scale), weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point, y,
+           n, m, rows_ok, group * out_channels + tile_o * BLOCK_O, (group + 1) * out_channels, groups * out_channels,
+           RAW, ACTIVATION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -227,6 +222,7 @@ def pixel_conv_kernel(
     k = tl.arange(0, BLOCK_K)
     x_rows = x + n.to(tl.int64) * x_n + group.to(tl.int64) * in_channels
     w_columns = weight + channel.to(tl.int64) * w_out
+    one = tl.zeros((), tl.float32) + 1.0
     y_tile = tl.zeros((BLOCK_M, BLOCK_O), tl.float32)
     source_h = in_h // UPSAMPLE
     source_w = in_w // UPSAMPLE
@@ -250,9 +246,9 @@ def pixel_conv_kernel(
             total = tl.load(sums + channel.to(tl.int64) * taps + tap, mask=o_ok, other=0)
             part -= tl.load(zero_point + at, mask=inside, other=0)[:, None] * total[None, :]
         y_tile += part.to(tl.float32) * tl.load(input_scale + at, mask=inside, other=0.0)[:, None]
-    y_tile = y_tile * tl.load(weight_scale + channel, mask=o_ok, other=0.0)[None, :]
-    finish(y_tile, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m, rows_ok, channel, o_ok,
-           groups * out_channels, ACTIVATION)  # fmt: skip
+    finish(y_tile, one, weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m, rows_ok,
+           group * out_channels + tile_o * BLOCK_O, (group + 1) * out_channels, groups * out_channels,
+           False, ACTIVATION)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_SIZES[:-1])
@@ -271,7 +267,8 @@ def depthwise_kernel(
     rows_ok = m < pixels
     from_h = h * stride_h - top
     from_w = w * stride_w - left
-    channel = (program % tiles_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    first = (program % tiles_c) * BLOCK_C
+    channel = first + tl.arange(0, BLOCK_C)
     c_ok = channel < channels
     taps = taps_h * taps_w
     x_rows = x + n.to(tl.int64) * x_n
@@ -300,16 +297,13 @@ def depthwise_kernel(
             y_tile += (value * coefficient[None, :]).to(tl.float32) * scale[:, None]
         else:
             acc += value * coefficient[None, :]
-    if RAW:
-        at = (m.to(tl.int64) * channels)[:, None] + channel[None, :]
-        tl.store(y + at, acc, mask=rows_ok[:, None] & c_ok[None, :])
+    if PER_PIXEL:
+        one = tl.zeros((), tl.float32) + 1.0
+        finish(y_tile, one, weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m,
+               rows_ok, first, channels, channels, RAW, ACTIVATION)  # fmt: skip
     else:
-        scale = tl.load(weight_scale + channel, mask=c_ok, other=0.0)
-        if not PER_PIXEL:
-            scale = scale * tl.load(input_scale)
-            y_tile = acc.to(tl.float32)
-        finish(y_tile * scale[None, :], bias, channel_bias, film, residual, out_scale, out_zero_point, y, n, m,
-               rows_ok, channel, c_ok, channels, ACTIVATION)  # fmt: skip
+        finish(acc, tl.load(input_scale), weight_scale, bias, channel_bias, film, residual, out_scale, out_zero_point,
+               y, n, m, rows_ok, first, channels, channels, RAW, ACTIVATION)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ configurations

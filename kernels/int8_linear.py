@@ -54,16 +54,12 @@ def linear_kernel(
             acc -= tl.load(zero_point + m, mask=m_ok, other=0)[:, None] * total[None, :]
         else:
             acc -= (tl.load(zero_point) * total)[None, :]
-    if RAW:
-        tl.store(y + (m * channels)[:, None] + o[None, :], acc, mask=m_ok[:, None] & o_ok[None, :])
+    if PER_TOKEN:
+        row_scale = tl.load(input_scale + m, mask=m_ok, other=0.0)
     else:
-        scale = tl.load(weight_scale + o, mask=o_ok, other=0.0)[None, :]
-        if PER_TOKEN:
-            scale = scale * tl.load(input_scale + m, mask=m_ok, other=0.0)[:, None]
-        else:
-            scale = scale * tl.load(input_scale)
-        finish(acc.to(tl.float32) * scale, bias, None, None, residual, out_scale, out_zero_point, y, m, m, m_ok, o,
-               o_ok, channels, ACTIVATION)  # fmt: skip
+        row_scale = tl.load(input_scale)
+    finish(acc, row_scale, weight_scale, bias, None, None, residual, out_scale, out_zero_point, y, m, m, m_ok,
+           rest // height * BLOCK_O, channels, channels, RAW, ACTIVATION)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
