@@ -23,6 +23,16 @@ PDN_HD float divide(float x, float y) {  // correctly rounded, whatever the comp
 
 PDN_HD bool is_nan(float x) { return x != x; }
 
+// sum + the products of four pairs of int8.
+PDN_HD int dot4(uint32_t a, uint32_t b, int sum) {
+#if defined(__CUDA_ARCH__)
+    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+#else
+    for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+    return sum;
+#endif
+}
+
 // int8 code of `steps` = value / scale, not yet rounded. NaN becomes the code of 0.
 PDN_HD int code_of(float steps, int zero_point, int low) {
     const float rounded = is_nan(steps) ? 0.f : rintf(steps);

@@ -2,13 +2,18 @@
 #include "cuda.h"
 #include "cuda_direct.cuh"
 #include "cuda_mma.cuh"
+#include "cuda_wgmma.cuh"
 
 namespace pdn {
 namespace {
 
 using int8_conv2d::cuda::Device;
 
-enum Kind : int { kLarge, kSmall, kTapLarge, kTapSmall, kDirect, kDepthwise };
+using Wgmma64 = WgmmaTile<64>;
+using Wgmma128 = WgmmaTile<128>;
+using Wgmma160 = WgmmaTile<160>;  // 320, 640 and 1280 channels without a rest
+
+enum Kind : int { kLarge, kSmall, kTapLarge, kTapSmall, kWgmma64, kWgmma128, kWgmma160, kDirect, kDepthwise };
 
 // A way to cut the matrix product. `rate` is multiplications per clock and multiprocessor, an estimate from the
 // instruction rates (not measured yet); only ratios matter.
@@ -24,7 +29,14 @@ constexpr Candidate candidate(Kind kind, double rate) {
 }
 
 constexpr Candidate kPlain[] = {candidate<TileLarge>(kLarge, 2000), candidate<TileSmall>(kSmall, 1300)};
+constexpr Candidate kHopper[] = {candidate<Wgmma64>(kWgmma64, 2200), candidate<Wgmma128>(kWgmma128, 3000),
+                                 candidate<Wgmma160>(kWgmma160, 3300), candidate<TileSmall>(kSmall, 1300)};
 constexpr Candidate kPerTap[] = {candidate<TileTapLarge>(kTapLarge, 1500), candidate<TileTapSmall>(kTapSmall, 1200)};
+#if defined(PDN_SM90A)  // setup_cuda.py: sm_90a is among the architectures
+constexpr bool kHopperCode = true;
+#else
+constexpr bool kHopperCode = false;
+#endif
 constexpr double kBlockClocks = 2500;   // of a block besides its depth loop
 constexpr double kReduceClocks = 4000;  // of a second launch
 constexpr int kMaxSplits = 16, kMinSplitBlocks = 4;
@@ -93,6 +105,8 @@ const char* make_plan(const Problem& p, const Device& device, Plan& plan) {
     if (plan.group_in % 16 == 0 && strides_of(p, 16)) {
         if (plan.per_tap)
             choose(p, device, kPerTap, plan);
+        else if (device.wgmma)
+            choose(p, device, kHopper, plan);
         else
             choose(p, device, kPlain, plan);
     } else if (plan.per_tap = p.per_pixel;
@@ -123,20 +137,26 @@ const char* launch(void (*kernel)(Problem, Plan), const Problem& p, const Plan& 
 }
 
 template <class Tile>
-const char* launch_tile(const Problem& p, const Plan& plan, void* stream) {
-    return launch(mma_kernel<Tile>, p, plan, plan.blocks, Tile::kThreads, Tile::kSharedBytes, stream);
+const char* launch_tile(void (*kernel)(Problem, Plan), const Problem& p, const Plan& plan, void* stream) {
+    return launch(kernel, p, plan, plan.blocks, Tile::kThreads, Tile::kSharedBytes, stream);
 }
 
 const char* launch_plan(const Problem& p, const Plan& plan, void* stream) {
     switch (plan.kind) {
         case kLarge:
-            return launch_tile<TileLarge>(p, plan, stream);
+            return launch_tile<TileLarge>(mma_kernel<TileLarge>, p, plan, stream);
         case kSmall:
-            return launch_tile<TileSmall>(p, plan, stream);
+            return launch_tile<TileSmall>(mma_kernel<TileSmall>, p, plan, stream);
         case kTapLarge:
-            return launch_tile<TileTapLarge>(p, plan, stream);
+            return launch_tile<TileTapLarge>(mma_kernel<TileTapLarge>, p, plan, stream);
         case kTapSmall:
-            return launch_tile<TileTapSmall>(p, plan, stream);
+            return launch_tile<TileTapSmall>(mma_kernel<TileTapSmall>, p, plan, stream);
+        case kWgmma64:
+            return launch_tile<Wgmma64>(wgmma_kernel<Wgmma64>, p, plan, stream);
+        case kWgmma128:
+            return launch_tile<Wgmma128>(wgmma_kernel<Wgmma128>, p, plan, stream);
+        case kWgmma160:
+            return launch_tile<Wgmma160>(wgmma_kernel<Wgmma160>, p, plan, stream);
         case kDepthwise: {
             const int shared_bytes = p.kernel_h * p.kernel_w * Depthwise::kChannels;
             return launch(depthwise_kernel, p, plan, plan.blocks, kDirectThreads, shared_bytes, stream);
@@ -154,11 +174,12 @@ namespace int8_conv2d {
 namespace cuda {
 
 Device current_device() {
-    int device = 0, multiprocessors = 0, major = 0;
+    int device = 0, multiprocessors = 0, major = 0, minor = 0;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    return {multiprocessors > 0 ? multiprocessors : 1, false && major == 9};
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return {multiprocessors > 0 ? multiprocessors : 1, kHopperCode && major == 9 && minor == 0};
 }
 
 int64_t workspace_bytes(const Problem& p, const Device& device) {

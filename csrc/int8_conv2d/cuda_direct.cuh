@@ -11,15 +11,6 @@ namespace {
 
 constexpr int kDirectThreads = 256;
 
-PDN_HD int dot4(uint32_t a, uint32_t b, int sum) {
-#if defined(__CUDA_ARCH__)
-    return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
-#else
-    for (int i = 0; i < 32; i += 8) sum += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
-    return sum;
-#endif
-}
-
 PDN_HD uint32_t load_word(const int8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 
 PDN_HD int signed_byte(uint32_t word, int i) { return static_cast<int8_t>(word >> (8 * i)); }

@@ -42,6 +42,12 @@ PDN_HD float row_scale(const Problem& p, const Plan& plan, int64_t row) {
     return pixel_grid(p, position_of(p, static_cast<uint32_t>(row)), 0, 0).scale;
 }
 
+// The zero point of a row's integers, with `common` that of the tensor.
+PDN_HD int row_zero_point(const Problem& p, int common, int64_t row) {
+    if (!p.per_pixel || !p.zero_point) return common;
+    return pixel_grid(p, position_of(p, static_cast<uint32_t>(row)), 0, 0).zero_point;
+}
+
 // Writes `count` (up to four) outputs of row `row` from `channel` on. `vector`: all four, in one access.
 PDN_HD void finish4(const Problem& p, const Plan& plan, int64_t row, int channel, const Sums& sums,
                     const ChannelTerms& terms, int count, bool vector) {
@@ -96,14 +102,14 @@ struct TermsCache {
 template <int BM, int BN, int THREADS>
 PDN_HD void finish_tile(const Problem& p, const Plan& plan, const TilePlace& tile, int thread, const int* shared,
                         int pitch) {
-    constexpr int kQuads = BN / 4;
-    static_assert(THREADS % kQuads == 0);
+    constexpr int kQuads = BN / 4, kRows = THREADS / kQuads;  // of them, threads beyond are left over
+    if (thread >= kRows * kQuads) return;
     const int quad = thread % kQuads * 4, channel = tile.group * plan.group_out + tile.channel + quad;
     const int count = plan.group_out - tile.channel - quad < 4 ? plan.group_out - tile.channel - quad : 4;
     if (count <= 0) return;
     const bool vector = plan.vector_out && count == 4;
     TermsCache cache;
-    for (int r = thread / kQuads; r < BM; r += THREADS / kQuads) {
+    for (int r = thread / kQuads; r < BM; r += kRows) {
         const int row = tile.row + r;
         if (row >= plan.rows) return;
         Sums sums;

@@ -193,9 +193,7 @@ __device__ __forceinline__ void stage_sums(const Problem& p, const Plan& plan, c
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = Tile::sum_row(warp, lane, i, half);
-            int offset = zero_point;
-            if (p.per_pixel && p.zero_point && tile.row + row < plan.rows)
-                offset = pixel_grid(p, position_of(p, tile.row + row), 0, 0).zero_point;
+            const int offset = tile.row + row < plan.rows ? row_zero_point(p, zero_point, tile.row + row) : 0;
 #pragma unroll
             for (int j = 0; j < Tile::NT; ++j) {
                 const int at = row * Tile::kPitch + Tile::sum_column(warp, lane, j);

@@ -160,6 +160,72 @@ void run_tile_on_host(const Problem& p, const Plan& plan, int64_t block) {
         finish_tile<Tile::BM, Tile::BN, Tile::kThreads>(p, plan, tile, t, sums, Tile::kPitch);
 }
 
+// --------------------------------------------------------------------------------------------------------- wgmma tile
+
+// The byte of an operand that a descriptor names: rows of 128 bytes in groups of eight, address bits 4 to 6 combined
+// with bits 7 to 9.
+int8_t operand_byte(const int8_t* memory, uint64_t descriptor, int row, int depth) {
+    const uint32_t start = (descriptor & 0x3fff) << 4, group = (descriptor >> 32 & 0x3fff) << 4;
+    const uint32_t at = start + row / 8 * group + row % 8 * 128 + depth;
+    if (descriptor >> 62 != 1) return 99;
+    return memory[at ^ (at >> 7 & 7) << 4];
+}
+
+template <class Tile>
+void run_wgmma_on_host(const Problem& p, const Plan& plan, int64_t block) {
+    std::vector<int8_t> memory(Tile::kSharedBytes + 16, 77);
+    int8_t* ring = memory.data() + (16 - reinterpret_cast<uintptr_t>(memory.data()) % 16) % 16;
+    const TilePlace tile = place_of<Tile::BM, Tile::BN>(p, plan, static_cast<uint32_t>(block));
+    const DepthRange depth = depth_range(plan, tile.split);
+    std::vector<int8_t> padding(16, static_cast<int8_t>(p.zero_point && !p.per_pixel ? *p.zero_point : 0));
+    std::vector<typename Tile::Loader> loaders(Tile::kThreads);
+    for (int t = 0; t < Tile::kThreads; ++t)
+        loaders[t].start(p, plan, tile, depth.begin, t % (Tile::BK / 16), t / (Tile::BK / 16), Tile::kRowStep);
+    std::vector<int> acc(Tile::kThreads * Tile::BN / 2), weights(Tile::kThreads * Tile::kRowsB), weight_sums(Tile::BN);
+    for (int i = 0; i < depth.end - depth.begin; ++i) {
+        const int at = i % Tile::kStages * Tile::kStageBytes;
+        for (int t = 0; t < Tile::kThreads; ++t)
+            loaders[t].next(p, plan, padding.data(), Tile::kRowStep,
+                            [&](int k, bool is_weight, const int8_t* from, bool exists) {
+                                int8_t* to = ring + at + Tile::copy_offset(t, k, is_weight);
+                                if (exists)
+                                    std::memcpy(to, from, 16);
+                                else
+                                    std::memset(to, 0, 16);
+                            });
+        for (int step = 0; step < Tile::BK / 32; ++step) {
+            const uint64_t b = operand_descriptor(at + Tile::b_offset(step));
+            for (int t = 0; t < Tile::kThreads; ++t) {
+                const uint64_t a = operand_descriptor(at + Tile::a_offset(t / 128, step));
+                for (int d = 0; d < Tile::BN / 2; ++d) {
+                    // m64nNk32: register 4 j + 2 h + c of lane l of warp w holds row 16 w + l / 4 + 8 h of the
+                    // warpgroup's, column 8 j + 2 (l % 4) + c
+                    const int row = t % 128 / 32 * 16 + t % 32 / 4 + d / 2 % 2 * 8,
+                              column = d / 4 * 8 + t % 4 * 2 + d % 2;
+                    for (int k = 0; k < 32; ++k)
+                        acc[t * (Tile::BN / 2) + d] += operand_byte(ring, a, row, k) * operand_byte(ring, b, column, k);
+                }
+            }
+        }
+        for (int t = 0; t < Tile::kThreads; ++t)
+            for (int k = 0; k < Tile::kRowsB; ++k)
+                weights[t * Tile::kRowsB + k] =
+                    sum_of_bytes(ring + at + Tile::copy_offset(t, k, true), weights[t * Tile::kRowsB + k]);
+    }
+    for (int t = 0; t < Tile::kThreads; ++t)
+        for (int k = 0; k < Tile::kRowsB; ++k) weight_sums[t / 8 + k * Tile::kRowStep] += weights[t * Tile::kRowsB + k];
+    int* sums = reinterpret_cast<int*>(ring);
+    const int zero_point = p.zero_point && !p.per_pixel ? *p.zero_point : 0;
+    for (int t = 0; t < Tile::kThreads; ++t)
+        for (int d = 0; d < Tile::BN / 2; ++d) {
+            const int row = Tile::sum_row(t / 32, t % 32, d / 2 % 2), column = Tile::sum_column(t % 32, d / 4) + d % 2;
+            const int offset = tile.row + row < plan.rows ? row_zero_point(p, zero_point, tile.row + row) : 0;
+            sums[row * Tile::kPitch + column] = acc[t * (Tile::BN / 2) + d] - offset * weight_sums[column];
+        }
+    for (int t = 0; t < Tile::kThreads; ++t)
+        finish_tile<Tile::BM, Tile::BN, Tile::kThreads>(p, plan, tile, t, sums, Tile::kPitch);
+}
+
 // ---------------------------------------------------------------------------------------------------------- all kinds
 
 void run_on_host(const Problem& p, const Plan& plan) {
@@ -176,6 +242,15 @@ void run_on_host(const Problem& p, const Plan& plan) {
                 break;
             case kTapSmall:
                 run_tile_on_host<TileTapSmall>(p, plan, block);
+                break;
+            case kWgmma64:
+                run_wgmma_on_host<Wgmma64>(p, plan, block);
+                break;
+            case kWgmma128:
+                run_wgmma_on_host<Wgmma128>(p, plan, block);
+                break;
+            case kWgmma160:
+                run_wgmma_on_host<Wgmma160>(p, plan, block);
                 break;
             case kDepthwise: {
                 std::vector<uint32_t> shared(p.kernel_h * p.kernel_w * Depthwise::kChannels / 4);
@@ -297,10 +372,12 @@ bool run_case(const Case& c) {
     }
     p.out_scale = &out_scale, p.out_zero_point = c.fused >= 2 ? &out_zero_point : nullptr;
 
-    const Device device{108, false};
+    const Device device{108, c.kind == kWgmma64 || c.kind == kWgmma128 || c.kind == kWgmma160};
     Plan plan;
     if (const char* why = make_plan(p, device, plan)) return std::printf("%s: %s WRONG\n", c.name, why), false;
     if (c.kind >= 0) {
+        for (const Candidate& candidate : kHopper)
+            if (candidate.kind == c.kind) cut(p, device, candidate, plan);
         for (const auto& candidates : {kPlain, kPerTap})
             for (int i = 0; i < 2; ++i)
                 if (candidates[i].kind == c.kind) cut(p, device, candidates[i], plan);
@@ -370,6 +447,11 @@ const Case kCases[] = {
     {"per pixel, large", kTapLarge, 1, 2, 64, 72, 1, 9, 10, 3, 3, 1, 1, 1, 0, true, true, 1, 0, BF16, 0},
     {"per pixel, symmetric, split", kTapSmall, 5, 1, 144, 32, 1, 6, 6, 3, 3, 2, 1, 1, 1, false, true, 1, 0, F32, 0},
     {"per pixel, groups", kTapSmall, 1, 1, 64, 64, 2, 6, 6, 3, 3, 1, 1, 1, 0, true, true, 0, 0, F32, 0},
+    {"wgmma 64", kWgmma64, 1, 2, 64, 64, 1, 9, 8, 3, 3, 1, 1, 1, 0, true, false, 0, 0, I32, 0},
+    {"wgmma 128, channels left over", kWgmma128, 1, 1, 48, 132, 1, 12, 7, 3, 3, 2, 1, 1, 1, true, false, 2, 2, F32, 0},
+    {"wgmma 160, split", kWgmma160, 3, 1, 80, 320, 1, 8, 8, 3, 3, 1, 1, 1, 0, true, false, 1, 1, F32, 0},
+    {"wgmma 160, a scale per token", kWgmma160, 1, 1, 96, 100, 1, 1, 150, 1, 1, 1, 1, 0, 0, true, true, 1, 2, BF16, 0},
+    {"wgmma 64, groups", kWgmma64, 1, 1, 96, 60, 3, 6, 5, 3, 3, 1, 1, 1, 0, false, false, 2, 2, I8, 0},
     {"direct, 3 channels", kDirect, 1, 2, 3, 40, 1, 7, 9, 3, 3, 1, 1, 1, 0, true, false, 2, 1, F32, 0},
     {"direct, words", kDirect, 1, 1, 12, 21, 1, 7, 9, 3, 3, 2, 1, 1, 1, true, false, 0, 0, I32, 0},
     {"direct, groups", kDirect, 1, 1, 15, 30, 3, 7, 6, 3, 3, 1, 2, 2, 0, true, false, 1, 0, I8, 0},
