@@ -154,6 +154,7 @@ struct DenseRun {
                 task.codes = codes + position * 4;
                 task.scales = gather.scales + position;
                 task.zeros = gather.zeros + position;
+                finisher.fetch(pixels, strip.n, strip.row + row, strip.column + first);
                 (rescaled ? kScaledTiles : kIntegerTiles)[pixels - 1][vectors - 1](task, sums);
                 finisher.task.row_scales = task.scales;
                 finisher.task.row_zeros = task.zeros;

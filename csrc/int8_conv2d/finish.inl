@@ -90,34 +90,70 @@ PDN_INLINE void store_value(int8_t* to, vf y, int lanes, const FinishTask& t) {
     store_codes(to, code_of(y, t.out_scale, t.out_zero, t.out_low), lanes);
 }
 
-// kActivation: 0 none, 1 relu, -1 any.
+// One vector of outputs. kActivation: 0 none, 1 relu, -1 any.
 template <Sums kSums, class T, int kActivation>
-void finish(const FinishTask& t) {
+PDN_INLINE void finish_vector(const FinishTask& t, const void* sum, vi correction, vf scale, vf shift, vi row_zero,
+                              vf row_scale, int64_t residual_at, T* to, int lanes) {
+    vf y;
+    if constexpr (kSums == Sums::rescaled) {
+        y = load(static_cast<const float*>(sum));
+    } else if constexpr (kSums == Sums::per_row) {
+        y = __builtin_convertvector(load_lanes(sum) + correction * row_zero, vf) * row_scale;
+    } else {
+        y = __builtin_convertvector(load_lanes(sum) + correction, vf);
+    }
+    y = y * scale + shift;
+    if constexpr (kActivation == 1) y = relu(y);
+    if constexpr (kActivation == -1) y = activate(y, static_cast<int>(t.activation));
+    if (t.residual) y += residual_vector(t, residual_at, lanes);
+    store_value(to, y, lanes, t);
+}
+
+// kVectors: vectors per pixel, all of them full; 0: any number of lanes.
+template <Sums kSums, class T, int kActivation, int kVectors>
+PDN_INLINE void finish_pixels(const FinishTask& given) {
+    const FinishTask t = given;  // stores to the output cannot change a copy: what it holds stays in registers
+    const Channels& c = *t.channels;
+    constexpr int kHeld = kVectors > 0 ? kVectors : kBlock;
+    vi correction[kHeld];
+    vf scale[kHeld], shift[kHeld];
+#pragma GCC unroll 2
+    for (int j = 0; j < kHeld; ++j) {
+        correction[j] = load_lanes(c.correction + j * kWidth);
+        scale[j] = load(c.scale + j * kWidth);
+        shift[j] = load(c.shift + j * kWidth);
+    }
+    const char* sums = static_cast<const char*>(t.sums);
+    T* to = static_cast<T*>(t.output);
+    int64_t residual_at = 0;
     for (int m = 0; m < t.pixels; ++m) {
-        vi correction = vi{};
+        vi row_zero = vi{};
         vf row_scale = vf{};
         if constexpr (kSums == Sums::per_row) {
-            correction = splat_lanes(kOffset + (t.row_zeros ? t.row_zeros[m] : 0));
+            row_zero = splat_lanes(kOffset + (t.row_zeros ? t.row_zeros[m] : 0));
             row_scale = splat(t.row_scales[m]);
         }
-        for (int from = 0; from < t.lanes; from += kWidth) {
-            const void* sum = static_cast<const char*>(t.sums) + (m * t.pitch + from) * 4;
-            const vi channel = load_lanes(t.channels->correction + from);
-            vf y;
-            if constexpr (kSums == Sums::rescaled) {
-                y = load(static_cast<const float*>(sum));
-            } else if constexpr (kSums == Sums::per_row) {
-                y = __builtin_convertvector(load_lanes(sum) + channel * correction, vf) * row_scale;
-            } else {
-                y = __builtin_convertvector(load_lanes(sum) + channel, vf);
-            }
-            y = y * load(t.channels->scale + from) + load(t.channels->shift + from);
-            if constexpr (kActivation == 1) y = relu(y);
-            if constexpr (kActivation == -1) y = activate(y, static_cast<int>(t.activation));
-            if (t.residual) y += residual_vector(t, m * t.residual_stride + from, t.lanes - from);
-            store_value(static_cast<T*>(t.output) + m * t.out_stride + from, y, t.lanes - from, t);
+#pragma GCC unroll 2
+        for (int j = 0; j < kHeld; ++j) {
+            const int lanes = kVectors > 0 ? kWidth : t.lanes - j * kWidth;
+            if (lanes <= 0) break;
+            finish_vector<kSums, T, kActivation>(t, sums + j * kWidth * 4, correction[j], scale[j], shift[j], row_zero,
+                                                 row_scale, residual_at + j * kWidth, to + j * kWidth, lanes);
         }
+        sums += t.pitch * 4;
+        to += t.out_stride;
+        residual_at += t.residual_stride;
     }
+}
+
+template <Sums kSums, class T, int kActivation>
+void finish(const FinishTask& t) {
+    if (t.lanes == kBlock * kWidth)
+        finish_pixels<kSums, T, kActivation, kBlock>(t);
+    else if (t.lanes == kWidth)
+        finish_pixels<kSums, T, kActivation, 1>(t);
+    else
+        finish_pixels<kSums, T, kActivation, 0>(t);
 }
 
 // int32 output: the sums themselves.
@@ -211,6 +247,16 @@ struct Finisher {
             channels.scale[i] = scale;
             channels.shift[i] = shift;
         }
+    }
+
+    // Fetch the lines that `pixels` will touch, while the sums are still being made: a store that waits for its line in
+    // the order of stores holds up the next tile.
+    void fetch(int count, int64_t n, int64_t row, int64_t column) const {
+        const int64_t at = n * p.out_batch_stride + row * p.rows.out_stride + column * p.columns.out_stride;
+        const char* output = static_cast<const char*>(p.output) + (at + first_channel) * bytes_of(p.out_dtype);
+        const int64_t bytes = task.lanes * bytes_of(p.out_dtype), stride = p.columns.out_stride * bytes_of(p.out_dtype);
+        for (int m = 0; m < count; ++m)
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(output + m * stride + i, 1);
     }
 
     // `pixels` adjoining outputs of image n from (row, column); their sums lie `pitch` apart.
