@@ -43,6 +43,14 @@ PDN_INLINE void each_vector(int64_t count, const Body& body) {
     if (first < count) body(count - kWidth, AllLanes{});
 }
 
+// Vectors that are worked on at once, each step for all of them before the next step: a chain of dependent operations
+// is long, and a processor looks ahead only so far.
+#if defined(__AVX512F__)
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 2;
+#endif
+
 // --------------------------------------------------------------------------------------------------------- codes
 
 constexpr float kFarCode = 1024.f;  // beyond every code minus every zero point
@@ -118,24 +126,57 @@ PDN_INLINE void store_codes(int8_t* p, vi codes, int lowest, int n) {
     std::memcpy(p, lanes, static_cast<size_t>(n));
 }
 
-// clamp(rint(v / scale) + zero_point) with a true division: exact.
-template <class Lanes>
-PDN_INLINE void quantize_lanes(int8_t* p, vf v, const Codes& codes, Lanes lanes) {
-    store_codes(p, round_even(within_codes(v / codes.scale)) + codes.zero_point, codes.lowest, lanes);
+#if defined(__AVX512F__)
+// Four vectors of codes as bytes, one after the other.
+PDN_INLINE __m512i packed_codes(const vi* codes, int lowest) {
+    const __m512i first = _mm512_packs_epi32((__m512i)codes[0], (__m512i)codes[1]);
+    const __m512i second = _mm512_packs_epi32((__m512i)codes[2], (__m512i)codes[3]);
+    const __m512i bytes = _mm512_packs_epi16(first, second);  // four bytes of each in every 128-bit lane
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i least = _mm512_set1_epi8(static_cast<char>(lowest));
+    return _mm512_max_epi8(_mm512_permutexvar_epi32(order, bytes), least);
+}
+#endif
+
+// `V` vectors of codes to places `step` bytes apart.
+template <int V, class Lanes>
+PDN_INLINE void store_codes(int8_t* p, int64_t step, const vi* codes, int lowest, Lanes lanes) {
+    for (int i = 0; i < V; ++i) store_codes(p + i * step, codes[i], lowest, lanes);
 }
 
-// The same for a value that is divided by the scale already and is no NaN.
-template <class Lanes>
-PDN_INLINE void store_scaled(int8_t* p, vf v, int32_t zero_point, int lowest, Lanes lanes) {
 #if defined(__AVX512F__)
-    v = (vf)_mm512_range_ps((__m512)v, _mm512_set1_ps(kFarCode), 2);  // the smaller magnitude, the sign of v
-#elif defined(__AVX2__)
-    v = (vf)_mm256_min_ps(_mm256_max_ps((__m256)v, _mm256_set1_ps(-kFarCode)), _mm256_set1_ps(kFarCode));
-#else
-    v = within_codes(v);
-#endif
-    store_codes(p, round_even(v) + zero_point, lowest, lanes);
+template <>
+PDN_INLINE void store_codes<4, AllLanes>(int8_t* p, int64_t step, const vi* codes, int lowest, AllLanes) {
+    const __m512i bytes = packed_codes(codes, lowest);
+    const auto at = [&](int i) { return reinterpret_cast<__m128i*>(p + i * step); };
+    _mm_storeu_si128(at(0), _mm512_castsi512_si128(bytes));
+    _mm_storeu_si128(at(1), _mm512_extracti32x4_epi32(bytes, 1));
+    _mm_storeu_si128(at(2), _mm512_extracti32x4_epi32(bytes, 2));
+    _mm_storeu_si128(at(3), _mm512_extracti32x4_epi32(bytes, 3));
 }
+#endif
+
+// `V` adjacent vectors of codes.
+template <int V>
+PDN_INLINE void store_adjacent_codes(int8_t* p, const vi* codes, int lowest) {
+#if defined(__AVX512F__)
+    if constexpr (V == 4) return _mm512_storeu_si512(p, packed_codes(codes, lowest));
+#endif
+    for (int i = 0; i < V; ++i) store_codes(p + i * kWidth, codes[i], lowest, AllLanes{});
+}
+
+// rint(v / scale) + zero_point with a true division: exact once clamped.
+PDN_INLINE vi exact_codes(vf v, const Codes& codes) {
+    return round_even(within_codes(v / codes.scale)) + codes.zero_point;
+}
+
+template <class Lanes>
+PDN_INLINE void quantize_lanes(int8_t* p, vf v, const Codes& codes, Lanes lanes) {
+    store_codes(p, exact_codes(v, codes), codes.lowest, lanes);
+}
+
+// The bound of values that round_even takes as they are.
+constexpr float kSafeCode = 4194304.f;
 
 // -------------------------------------------------------------------------------------------------- dynamic scales
 
@@ -144,27 +185,46 @@ struct Range {
     vf low{}, high{};
     vi nan{};
 
-    PDN_INLINE void add(vf v) {
+    PDN_INLINE void add_finite(vf v) {
 #if defined(__AVX512F__)
         low = (vf)_mm512_min_ps((__m512)v, (__m512)low);  // the second operand where one is NaN
         high = (vf)_mm512_max_ps((__m512)v, (__m512)high);
-        const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
-        nan = (vi)_mm512_mask_set1_epi32((__m512i)nan, is_nan, -1);
+#elif defined(__AVX2__)
+        low = (vf)_mm256_min_ps((__m256)v, (__m256)low);
+        high = (vf)_mm256_max_ps((__m256)v, (__m256)high);
+#elif defined(__SSE2__)
+        low = (vf)_mm_min_ps((__m128)v, (__m128)low);
+        high = (vf)_mm_max_ps((__m128)v, (__m128)high);
 #else
         low = vmin(v, low);
         high = vmax(v, high);
+#endif
+    }
+
+    PDN_INLINE void add(vf v) {
+        add_finite(v);
+#if defined(__AVX512F__)
+        const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+        nan = (vi)_mm512_mask_set1_epi32((__m512i)nan, is_nan, -1);
+#else
         nan |= v != v;
 #endif
     }
 };
 
 PDN_INLINE float lowest_of(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_min_ps((__m512)v);
+#endif
     float least = v[0];
     for (int i = 1; i < kWidth; ++i) least = v[i] < least ? v[i] : least;
     return least;
 }
 
 PDN_INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#endif
     int32_t bits = 0;
     for (int i = 0; i < kWidth; ++i) bits |= mask[i];
     return bits != 0;
@@ -187,8 +247,8 @@ PDN_INLINE Codes codes_of(const Range& range, bool symmetric) {
 
 constexpr float kMinusLog2e = -1.44269504088896341f;
 
-// 1 / (1 + 2^t), to about 3e-7 relative; for t = -x log2(e) the logistic function of x. NaN stays NaN.
-PDN_INLINE vf logistic_exp2(vf t) {
+// 1 + 2^t for t up to 120 (more counts as 120), to about 1e-7 relative. NaN stays NaN.
+PDN_INLINE vf one_plus_exp2(vf t) {
 #if defined(__AVX512F__)
     const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(120.f), (__m512)t);  // the second operand where one is NaN
     const __m512 r = _mm512_reduce_ps(bounded, 0x09);                        // minus its floor: 0 <= r < 1
@@ -198,9 +258,7 @@ PDN_INLINE vf logistic_exp2(vf t) {
     e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(2.40153611e-1f));
     e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(6.93153083e-1f));
     e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(9.9999994e-1f));
-    const __m512 d = _mm512_add_ps(_mm512_scalef_ps(e, bounded), _mm512_set1_ps(1.f));
-    const __m512 guess = _mm512_rcp14_ps(d);
-    return (vf)_mm512_mul_ps(guess, _mm512_fnmadd_ps(d, guess, _mm512_set1_ps(2.f)));
+    return (vf)_mm512_add_ps(_mm512_scalef_ps(e, bounded), _mm512_set1_ps(1.f));
 #else
     const vf bounded = select(t < -120.f, splat(-120.f), select(t > 120.f, splat(120.f), t));
     const vf magic = splat(12582912.f);  // adding it rounds to an integer
@@ -212,7 +270,7 @@ PDN_INLINE vf logistic_exp2(vf t) {
     e = e * r + 2.40221202e-1f;
     e = e * r + 6.93146944e-1f;
     e = e * r + 1.00000012f;
-    return 1.f / (1.f + e * (vf)(((vi)shifted - (vi)magic + 127) << 23));
+    return 1.f + e * (vf)(((vi)shifted - (vi)magic + 127) << 23);
 #endif
 }
 
@@ -223,7 +281,7 @@ PDN_INLINE vf fast_silu(vf x) {
 #else
     const vf bounded = select(x < -120.f, splat(-120.f), x);
 #endif
-    return bounded * logistic_exp2(x * kMinusLog2e);
+    return bounded / one_plus_exp2(x * kMinusLog2e);
 }
 
 }  // namespace

@@ -111,10 +111,11 @@ void group_statistics(const GroupNormParams& p, int64_t image, int64_t chunk, fl
 
 // ------------------------------------------------------------------------------------------------- coefficients
 
-// An image's coefficients: arrays of `padded` floats, then one float, nonzero where they are folded.
-// With d = x - center, exact where it matters, since the center is the group's mean:
-//   folded (a given scale, everything finite): the value over the scale is
-//     none: gain d + offset;  silu: (second_gain d + second_offset) * logistic_exp2(gain d + offset);
+// An image's coefficients: arrays of `padded` floats, then one float, nonzero where values need no care: all are
+// finite, and over a given scale within kSafeCode. With d = x - center, exact where it matters, since the center is the
+// group's mean:
+//   folded (a given scale, no care needed): the value over the scale is
+//     none: gain d + offset;  silu: (second_gain d + second_offset) / (1 + 2^(gain d + offset));
 //     others: activation(gain d + offset) * factor
 //   else: the value is activation(gain d + offset) * factor
 enum Slot { kCenter, kGain, kOffset, kSecondGain, kSecondOffset, kFactor, kSlots };
@@ -176,41 +177,43 @@ PDN_INLINE void group_moments(const GroupNormParams& p, int64_t image, const flo
     }
 }
 
-PDN_INLINE vi not_finite(vf v) { return (v - v) != 0.f; }
+PDN_INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
-// Coefficients of one panel, whose channels start at `channel`; true if all are finite.
+// Coefficients of one panel, whose channels start at `channel`; true if values need no care.
 PDN_INLINE bool fold_panel(const GroupNormParams& p, int64_t image, int64_t channel, int64_t count, bool folded,
                            float* slots, int64_t size) {
     const float* film = p.film ? p.film + image * 2 * p.channels + channel : nullptr;
-    vi bad{};
+    // no value is further from the mean of n than sqrt(n) deviations
+    const float furthest = static_cast<float>(__builtin_sqrt(static_cast<double>(p.pixels * p.channels / p.groups)));
+    const float limit = folded ? kSafeCode : 3e38f;
+    vi safe = ~vi{};
     const auto one = [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         const auto given = [&](const float* values, float otherwise) __attribute__((always_inline)) {
             return values ? load_lanes(values + channel + c, lanes) : splat(otherwise);
         };
         float* at = slots + c;
         const vf rstd = load_lanes(at + kFactor * size, lanes), center_rest = load_lanes(at + kOffset * size, lanes);
-        vf gain = rstd * given(p.weight, 1.f);
-        vf offset = given(p.bias, 0.f) - center_rest * gain;
+        vf relative_gain = given(p.weight, 1.f), offset = given(p.bias, 0.f);
         if (film) {
             const vf scale = 1.f + load_lanes(film + c, lanes);
-            gain = gain * scale;
+            relative_gain = relative_gain * scale;
             offset = offset * scale + load_lanes(film + p.channels + c, lanes);
         }
+        vf gain = rstd * relative_gain;
+        offset = offset - center_rest * gain;
         vf factor = given(p.channel_scale, 1.f), second_gain{}, second_offset{};
-        if (folded) {
-            factor = factor / *p.out.scale;
+        if (folded) factor = factor / *p.out.scale;
+        const vf largest = (magnitude(relative_gain) * furthest + magnitude(offset)) * magnitude(factor);
+        safe &= (largest < limit) & (magnitude(gain) < 3e38f);  // false for NaN
+        if (folded && p.activation == Activation::none) {
+            gain = gain * factor;
+            offset = offset * factor;
+        } else if (folded && p.activation == Activation::silu) {
             second_gain = gain * factor;
             second_offset = offset * factor;
-            if (p.activation == Activation::none) {
-                gain = second_gain;
-                offset = second_offset;
-            } else if (p.activation == Activation::silu) {
-                gain = gain * kMinusLog2e;
-                offset = offset * kMinusLog2e;
-            }
+            gain = gain * kMinusLog2e;
+            offset = offset * kMinusLog2e;
         }
-        bad |= not_finite(gain) | not_finite(offset) | not_finite(factor) | not_finite(second_gain) |
-               not_finite(second_offset);
         store_lanes(at + kGain * size, gain, lanes);
         store_lanes(at + kOffset * size, offset, lanes);
         store_lanes(at + kSecondGain * size, second_gain, lanes);
@@ -220,22 +223,23 @@ PDN_INLINE bool fold_panel(const GroupNormParams& p, int64_t image, int64_t chan
     int64_t c = 0;
     for (; c + kWidth <= count; c += kWidth) one(c, AllLanes{});
     if (c < count) one(c, static_cast<int>(count - c));
-    return !any(bad);
+    return !any(~safe);
 }
 
 template <class T>
 void fold_typed(const GroupNormParams& p, int64_t image, float* partials, float* slots) {
     const int64_t size = padded(p), second = whole_vectors(p.panel[0].channels);
     merge_chunks(p, partials);
-    float& is_folded = slots[kSlots * size];
-    is_folded = p.out.scale ? 1.f : 0.f;
-    for (;;) {
+    bool safe = false;
+    // with a given scale twice where that is not safe: then values are divided by it with care
+    for (bool folded = p.out.scale != nullptr;; folded = false) {
         group_moments<T>(p, image, partials, slots + kCenter * size, slots + kOffset * size, slots + kFactor * size);
-        const bool folded = is_folded != 0.f;
-        bool finite = fold_panel(p, image, 0, p.panel[0].channels, folded, slots, size);
-        finite &= fold_panel(p, image, p.panel[0].channels, p.panel[1].channels, folded, slots + second, size);
-        if (finite || !folded) return;
-        is_folded = 0.f;  // NaN and infinities go the careful way
+        safe = fold_panel(p, image, 0, p.panel[0].channels, folded, slots, size);
+        safe &= fold_panel(p, image, p.panel[0].channels, p.panel[1].channels, folded, slots + second, size);
+        if (safe || !folded) {
+            slots[kSlots * size] = safe && folded == (p.out.scale != nullptr) ? 1.f : 0.f;
+            return;
+        }
     }
 }
 
@@ -253,83 +257,125 @@ void group_fold(const GroupNormParams& p, int64_t image, float* partials, float*
 // ---------------------------------------------------------------------------------------------------------- codes
 
 int64_t group_scratch(const GroupNormParams& p) {
-    return p.out.scale ? 0 : p.channels * static_cast<int64_t>(sizeof(float));
+    return p.out.scale ? 0 : kTogether * p.channels * static_cast<int64_t>(sizeof(float));
 }
 
-// The value before quantization; over the scale where the coefficients are folded.
-template <class T, Activation A, bool kFolded, class Lanes>
-PDN_INLINE vf value_of(const T* x, const float* at, int64_t size, Lanes lanes) {
-    const vf v = load_lanes(x, lanes) - load_lanes(at + kCenter * size, lanes);
-    const vf y = v * load_lanes(at + kGain * size, lanes) + load_lanes(at + kOffset * size, lanes);
-    if constexpr (kFolded && A == Activation::none) {
-        return y;
-    } else if constexpr (kFolded && A == Activation::silu) {
-        const vf factor = v * load_lanes(at + kSecondGain * size, lanes) + load_lanes(at + kSecondOffset * size, lanes);
-        return factor * logistic_exp2(y);
+// The vector at one channel of `V` pixels `stride` apart, before quantization; over the scale where the coefficients
+// are folded.
+template <class T, Activation A, bool kFolded, int V, class Lanes>
+PDN_INLINE void values_of(const T* x, int64_t stride, const float* at, int64_t size, vf* v, Lanes lanes) {
+    const auto slot = [&](Slot s) __attribute__((always_inline)) { return load_lanes(at + s * size, lanes); };
+    const vf center = slot(kCenter), gain = slot(kGain), offset = slot(kOffset);
+    for (int i = 0; i < V; ++i) v[i] = load_lanes(x + i * stride, lanes) - center;
+    if constexpr (kFolded && A == Activation::silu) {
+        const vf second_gain = slot(kSecondGain), second_offset = slot(kSecondOffset);
+        vf below[V];
+        for (int i = 0; i < V; ++i) below[i] = v[i] * gain + offset;
+        for (int i = 0; i < V; ++i) v[i] = v[i] * second_gain + second_offset;
+        for (int i = 0; i < V; ++i) below[i] = one_plus_exp2(below[i]);
+        for (int i = 0; i < V; ++i) v[i] = v[i] / below[i];
+        return;
+    }
+    for (int i = 0; i < V; ++i) v[i] = v[i] * gain + offset;
+    if constexpr (kFolded && A == Activation::none) return;
+    const vf factor = slot(kFactor);
+    for (int i = 0; i < V; ++i) {
+        if constexpr (A == Activation::silu)
+            v[i] = fast_silu(v[i]) * factor;
+        else
+            v[i] = activate(v[i], static_cast<int>(A)) * factor;
+    }
+}
+
+// `V` pixels of one panel under the given scale.
+template <class T, Activation A, int V>
+PDN_INLINE void write_given(const T* x, int64_t stride, int64_t count, const float* slots, int64_t size, bool safe,
+                            const Codes& codes, int8_t* y, int64_t step) {
+    if (safe) {
+        each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            vi q[V];
+            values_of<T, A, true, V>(x + c, stride, slots + c, size, v, lanes);
+            for (int i = 0; i < V; ++i) q[i] = round_even(v[i]) + codes.zero_point;
+            store_codes<V>(y + c, step, q, codes.lowest, lanes);
+        });
     } else {
-        const vf factor = load_lanes(at + kFactor * size, lanes);
-        if constexpr (A == Activation::silu) return fast_silu(y) * factor;
-        return activate(y, static_cast<int>(A)) * factor;
-    }
-}
-
-template <class T, Activation A>
-void write_given(const GroupNormParams& p, const Panel& panel, int64_t image, int64_t channel, int64_t begin,
-                 int64_t end, const float* slots, bool folded) {
-    const Codes codes = codes_of(*p.out.scale, p.out.zero_point);
-    const int64_t size = padded(p), count = panel.channels;
-    for (int64_t pixel = begin; pixel < end; ++pixel) {
-        const T* x = static_cast<const T*>(panel.data) + image * panel.batch_stride + pixel * panel.row_stride;
-        int8_t* y = p.out.codes + (image * p.pixels + pixel) * p.channels + channel;
-        if (folded) {
-            each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                store_scaled(y + c, value_of<T, A, true>(x + c, slots + c, size, lanes), codes.zero_point, codes.lowest,
-                             lanes);
-            });
-        } else {
-            each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                quantize_lanes(y + c, value_of<T, A, false>(x + c, slots + c, size, lanes), codes, lanes);
-            });
-        }
-    }
-}
-
-template <class T, Activation A>
-void write_dynamic(const GroupNormParams& p, int64_t image, int64_t begin, int64_t end, const float* slots,
-                   float* values) {
-    const int64_t size = padded(p), first = p.panel[0].channels;
-    for (int64_t pixel = begin; pixel < end; ++pixel) {
-        const int64_t row = image * p.pixels + pixel;
-        Range range;
-        const auto values_of = [&](const Panel& panel, const float* at, float* to) __attribute__((always_inline)) {
-            const T* x = static_cast<const T*>(panel.data) + image * panel.batch_stride + pixel * panel.row_stride;
-            each_vector(panel.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                const vf v = value_of<T, A, false>(x + c, at + c, size, lanes);
-                range.add(v);
-                store_lanes(to + c, v, lanes);
-            });
-        };
-        values_of(p.panel[0], slots, values);
-        values_of(p.panel[1], slots + whole_vectors(first), values + first);
-        const Codes codes = codes_of(range, false);
-        p.out.out_scale[row] = codes.scale;
-        p.out.out_zero_point[row] = codes.zero_point;
-        int8_t* y = p.out.codes + row * p.channels;
-        each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-            quantize_lanes(y + c, load_lanes(values + c, lanes), codes, lanes);
+        each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            values_of<T, A, false, V>(x + c, stride, slots + c, size, v, lanes);
+            for (int i = 0; i < V; ++i) quantize_lanes(y + i * step + c, v[i], codes, lanes);
         });
     }
+}
+
+// The values of `V` pixels of one panel, and their ranges.
+template <class T, Activation A, int V>
+PDN_INLINE void find_ranges(const T* x, int64_t stride, int64_t count, const float* slots, int64_t size, bool safe,
+                            float* values, int64_t step, Range* ranges) {
+    each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        vf v[V];
+        values_of<T, A, false, V>(x + c, stride, slots + c, size, v, lanes);
+        for (int i = 0; i < V; ++i) store_lanes(values + i * step + c, v[i], lanes);
+        for (int i = 0; i < V; ++i) ranges[i].add_finite(v[i]);
+        if (!safe)
+            for (int i = 0; i < V; ++i) ranges[i].add(v[i]);
+    });
+}
+
+// `V` rows of values under scales of their own.
+template <int V>
+PDN_INLINE void write_dynamic(const float* values, int64_t channels, const Range* ranges, bool safe,
+                              const CodesOut& out, int64_t row) {
+    Codes codes[V];
+    vf inverse[V];
+    for (int i = 0; i < V; ++i) {
+        codes[i] = codes_of(ranges[i], false);
+        inverse[i] = splat(1.f / codes[i].scale);
+        out.out_scale[row + i] = codes[i].scale;
+        out.out_zero_point[row + i] = codes[i].zero_point;
+    }
+    int8_t* y = out.codes + row * channels;
+    each_vector(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+        vi q[V];
+        for (int i = 0; i < V; ++i) {
+            const vf v = load_lanes(values + i * channels + c, lanes);
+            q[i] = safe ? round_even(v * inverse[i]) + codes[i].zero_point : exact_codes(v, codes[i]);
+        }
+        store_codes<V>(y + c, channels, q, -128, lanes);
+    });
+}
+
+template <class T, Activation A, int V>
+PDN_INLINE void write_pixels(const GroupNormParams& p, int64_t image, int64_t pixel, const float* slots,
+                             float* values) {
+    const int64_t size = padded(p), first = p.panel[0].channels, row = image * p.pixels + pixel;
+    const bool safe = slots[kSlots * size] != 0.f;
+    const float* at[2] = {slots, slots + whole_vectors(first)};
+    const int64_t channel[2] = {0, first};
+    Range ranges[V];
+    for (int i = 0; i < 2; ++i) {
+        const Panel& panel = p.panel[i];
+        if (panel.channels == 0) continue;
+        const T* x = static_cast<const T*>(panel.data) + image * panel.batch_stride + pixel * panel.row_stride;
+        if (p.out.scale) {
+            const Codes codes = codes_of(*p.out.scale, p.out.zero_point);
+            write_given<T, A, V>(x, panel.row_stride, panel.channels, at[i], size, safe, codes,
+                                 p.out.codes + row * p.channels + channel[i], p.channels);
+        } else {
+            find_ranges<T, A, V>(x, panel.row_stride, panel.channels, at[i], size, safe, values + channel[i],
+                                 p.channels, ranges);
+        }
+    }
+    if (p.out.scale == nullptr) write_dynamic<V>(values, p.channels, ranges, safe, p.out, row);
 }
 
 template <class T, Activation A>
 void write_activated(const GroupNormParams& p, int64_t image, int64_t begin, int64_t end, const float* slots,
                      void* scratch) {
-    if (p.out.scale == nullptr) return write_dynamic<T, A>(p, image, begin, end, slots, static_cast<float*>(scratch));
-    const int64_t first = p.panel[0].channels;
-    const bool folded = slots[kSlots * padded(p)] != 0.f;
-    write_given<T, A>(p, p.panel[0], image, 0, begin, end, slots, folded);
-    if (p.panel[1].channels > 0)
-        write_given<T, A>(p, p.panel[1], image, first, begin, end, slots + whole_vectors(first), folded);
+    float* values = static_cast<float*>(scratch);
+    int64_t pixel = begin;
+    for (; pixel + kTogether <= end; pixel += kTogether) write_pixels<T, A, kTogether>(p, image, pixel, slots, values);
+    for (; pixel < end; ++pixel) write_pixels<T, A, 1>(p, image, pixel, slots, values);
 }
 
 template <class T>

@@ -117,7 +117,7 @@ void rows_typed(const LayerNormParams& p, int64_t begin, int64_t end, const floa
         const bool finite = m.mean - m.mean == 0.f && m.rstd - m.rstd == 0.f;
         if (finite && at[2 * size] != 0.f) {
             each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                store_scaled(y + c, normalised(x + c, m, at + c, size, lanes), codes.zero_point, codes.lowest, lanes);
+                store_codes(y + c, round_even(within_codes(normalised(x + c, m, at + c, size, lanes))) + codes.zero_point, codes.lowest, lanes);
             });
         } else {  // NaN and infinities: with care
             const float divisor = at[2 * size] != 0.f ? 1.f : codes.scale;
