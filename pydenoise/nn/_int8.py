@@ -131,6 +131,9 @@ class Int8Layer(Frozen):
             if values is not None:
                 values = values.detach().to(device, dtype).clone(memory_format=torch.contiguous_format)
             setattr(self, name, values)
+        problem = self._bad_numbers()
+        if problem is not None:
+            raise ValueError(f"{plan.name or 'plan'}: {problem}")
 
     # ----------------------------------------------------------------------------------------- quantizing an input
 
@@ -219,6 +222,9 @@ class Int8Layer(Frozen):
         codes, scale, zero_point = input
         check_codes("input", codes, self.weight)
         self._check_shape(codes, self._channels)
+        own = self._slot or (self.input_scale, self.input_zero_point)
+        if scale is own[0] and zero_point is own[1] and scale is not None and scale.dim() == 0:
+            return codes, scale, zero_point
         if not isinstance(scale, Tensor) or scale.dim() == 0:
             scale = scale_of("scale of input", scale, codes, {})
         elif scale.dtype != torch.float32 or tuple(scale.shape) != self._position_shape(codes):
@@ -269,18 +275,29 @@ class Int8Layer(Frozen):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         """Takes over the checkpoint's scheme, and with it which buffers there are; the geometry must be the same."""
-        state = state_dict.get(prefix + _STATE_KEY)
-        if state is not None:
-            problem = self._adopt(state, state_dict, prefix)
-            if problem is not None:
-                errors.append(f"{prefix.rstrip('.') or 'state_dict'}: {problem}")
-                return
+        state, weight = state_dict.get(prefix + _STATE_KEY), state_dict.get(prefix + "weight")
+        problem = None if state is None else self._adopt(state, state_dict, prefix)
+        if problem is None and weight is not None and weight.dtype != torch.int8:
+            problem = f"weight: expected torch.int8, got {weight.dtype}: a checkpoint of the float model"
+        if problem is not None:
+            errors.append(f"{prefix.rstrip('.') or 'state_dict'}: {problem}")
+            return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         self._packed = self._slot = None
+        problem = self._bad_numbers()
+        if problem is not None:
+            errors.append(prefix + problem)
+
+    def _bad_numbers(self) -> str | None:
+        """A sentence if a scale or zero point is none."""
         for name in ("weight_scale", "input_scale", "channel_scale"):
             values = getattr(self, name)
             if values is not None and not values.is_meta and not ((values > 0) & (values < math.inf)).all():
-                errors.append(f"{prefix}{name}: expected positive finite values")
+                return f"{name}: expected positive finite values"
+        points = self.input_zero_point
+        if points is not None and not points.is_meta and not ((points >= -128) & (points <= 127)).all():
+            return "input_zero_point: expected values from -128 to 127"
+        return None
 
     def _adopt(self, state: Tensor, state_dict: Mapping[str, Tensor], prefix: str) -> str | None:
         """Give the optional buffers the checkpoint's scheme and shapes; a sentence if it is of another layer."""
@@ -289,6 +306,8 @@ class Int8Layer(Frozen):
             scheme = Scheme.from_dict(about["scheme"])
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             return f"its description cannot be read: {error}"
+        if scheme.is_float:
+            return "its scheme is 'float'"
         if about.get("format") != FORMAT:
             return f"of format {about.get('format')}; this version of pydenoise reads format {FORMAT}"
         own = json.loads(json.dumps({"kind": self.kind, **self._description()}))

@@ -70,7 +70,7 @@ class TimestepScales(nn.Module):
             return
         scale, zero_point = self._current
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
-            rows = torch.bucketize(timestep.detach().flatten().double(), self._edges, right=True)
+            rows = torch.bucketize(timestep.detach().to(self._edges.device).flatten().double(), self._edges, right=True)
         else:
             rows = self.timesteps(timestep).flatten().unique().to(scale.device)
         new_scale, new_zero_point = self._merged(rows)
@@ -80,9 +80,9 @@ class TimestepScales(nn.Module):
     def _merged(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(scale, zero_point) [layers] that cover the buckets ``rows``: the row itself where they agree."""
         scale, zero_point, symmetric = self._tables
-        if rows.numel() == 1:
-            return scale[rows[0]], zero_point[rows[0]]
-        scale, zero_point = scale[rows], zero_point[rows]
+        scale, zero_point = scale.index_select(0, rows), zero_point.index_select(0, rows)  # no wait for a GPU's rows
+        if len(rows) == 1:
+            return scale[0], zero_point[0]
         same = (scale == scale[0]).all(0) & (zero_point == zero_point[0]).all(0)
         low = ((LOW - zero_point) * scale).amin(0).clamp(max=0)
         high = ((HIGH - zero_point) * scale).amax(0).clamp(min=0)

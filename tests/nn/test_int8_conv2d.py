@@ -1,6 +1,7 @@
 """Int8Conv2d: against the float convolution, its schemes, checkpoints and errors."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,11 @@ def test_other_checkpoints_are_refused():
         loaded({key: value for key, value in state.items() if key != "_extra_state"})
     with pytest.raises(RuntimeError, match="input_scale: expected positive finite"):
         loaded({**state, "input_scale": torch.tensor(torch.nan)})
+    with pytest.raises(RuntimeError, match="input_zero_point: expected values from -128"):
+        loaded({**state, "input_zero_point": torch.tensor(128, dtype=torch.int32)})
+    for strict in (False, True):
+        with pytest.raises(RuntimeError, match="checkpoint of the float model"):
+            Int8Conv2d(12, 10, 3, padding=1).load_state_dict(make().state_dict(), strict=strict)
     newer = bytes(state["_extra_state"].tolist()).replace(b'"format": 1', b'"format": 9')
     with pytest.raises(RuntimeError, match="format 9"):
         loaded({**state, "_extra_state": torch.frombuffer(bytearray(newer), dtype=torch.uint8)})
@@ -203,6 +209,8 @@ def test_bad_layers():
     plan = plan_layer(make(), None, Scheme("per_pixel"))
     with pytest.raises(ValueError, match="c1: the plan is of another layer"):
         Int8Conv2d.from_float(make(out=9), plan, name="c1")
+    with pytest.raises(ValueError, match="c1: weight_scale: expected positive"):
+        Int8Conv2d.from_float(make(), replace(plan, name="c1", weight_scale=-plan.weight_scale))
     with pytest.raises(ValueError, match="overflow"):
         Int8Conv2d(131072, 1, 1, device="meta")
 
@@ -240,3 +248,16 @@ def test_changed_weights_are_noticed():
     layer.weight.neg_()
     layer.bias.neg_()
     assert torch.allclose(layer(x), -before, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["per_pixel", STATIC], ids=str)
+@torch.no_grad()
+def test_compile_and_export(scheme):
+    """One graph, of the torch ops; the packed weight stays outside."""
+    layer = Int8Conv2d.from_float(make(), scheme, **({} if scheme == "per_pixel" else {"input_range": (-3, 3)}))
+    x, residual = torch.randn(2, 12, 5, 6), torch.randn(2, 10, 5, 6)
+    expected = layer(x, residual=residual)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x, residual=residual), expected)
+    exported = torch.export.export(layer, (x,), {"residual": residual}).module()
+    assert torch.equal(exported(x, residual=residual), expected)

@@ -69,11 +69,11 @@ def test_against_diffusers(options):
 @pytest.mark.parametrize("options", [CASES["scale_shift"], CASES["default"], CASES["up"], CASES["down"]])
 @torch.no_grad()
 def test_skip_connection(options, shortcut):
-    """A skip connection read where it lies gives what the concatenated input gives."""
+    """A skip connection read where it lies gives what the concatenated input gives; a group of the norm spans both."""
     block = make(**options)
-    int8 = Int8ResnetBlock.from_float(block, skip_channels=12, shortcut=shortcut)
+    int8 = Int8ResnetBlock.from_float(block, skip_channels=13, shortcut=shortcut)
     x, temb = inputs()
-    y = int8(x[:, :20].contiguous(), temb, x[:, 20:].contiguous(memory_format=torch.channels_last))
+    y = int8(x[:, :19].contiguous(), temb, x[:, 19:].contiguous(memory_format=torch.channels_last))
     assert snr_db(block(x, temb), y) > 36
     assert torch.equal(y, int8(x, temb))
 
@@ -107,7 +107,7 @@ def test_calibrated_plans():
             statistics = statistics.slice_channels(*request.channels)
         return plan_layer(request.layer, statistics, Scheme("per_tensor", smooth=0.5, bias_correction=True))
 
-    int8 = Int8ResnetBlock.from_float(block, plan, shortcut="plans", skip_channels=12)
+    int8 = Int8ResnetBlock.from_float(block, plan, shortcut="plans", skip_channels=13)
     assert int8.conv_shortcut.input_scale != int8.conv_shortcut_skip.input_scale
     assert snr_db(expected, int8(x, temb)) > 30
 
@@ -182,21 +182,21 @@ def test_edm_style_by_spec():
 @pytest.mark.parametrize("options", [CASES["scale_shift"], CASES["up"]])
 def test_copies_and_checkpoints(stands, on_meta, options):
     block, (x, temb) = make(**options), inputs()
-    int8 = Int8ResnetBlock.from_float(block, skip_channels=12, shortcut="plans")
+    int8 = Int8ResnetBlock.from_float(block, skip_channels=13, shortcut="plans")
     stands(
-        int8, lambda: Int8ResnetBlock.from_float(on_meta(block), skip_channels=12, shortcut="plans"),
-        x[:, :20], temb, x[:, 20:],
+        int8, lambda: Int8ResnetBlock.from_float(on_meta(block), skip_channels=13, shortcut="plans"),
+        x[:, :19], temb, x[:, 19:],
     )  # fmt: skip
 
 
 def test_errors():
     x, temb = inputs()
-    int8 = Int8ResnetBlock.from_float(make(), skip_channels=12)
+    int8 = Int8ResnetBlock.from_float(make(), skip_channels=13)
     for args, word in (
         ((x[:, :7], temb), "hidden_states"),
         ((x[0], temb), "hidden_states"),
-        ((x[:, :20], temb, x[:, :5]), "skip"),
-        ((x[:, :20], temb, x[:, 20:, 1:]), "skip"),
+        ((x[:, :19], temb, x[:, :5]), "skip"),
+        ((x[:, :19], temb, x[:, 19:, 1:]), "skip"),
         ((x,), "temb"),
         ((x, temb[:, :3]), r"temb: expected \[2, 20\]"),
         ((x, temb[:1]), r"temb: expected \[2, 20\]"),
@@ -219,3 +219,11 @@ def test_errors():
         Int8ResnetBlock.from_float(make(up=True, kernel="fir"))
     with pytest.raises(ValueError, match="nonlinearity"):
         Int8ResnetBlock.from_float(make(non_linearity="mish"))
+
+
+@torch.no_grad()
+def test_compile_and_export():
+    int8, (x, temb) = Int8ResnetBlock.from_float(make(**CASES["scale_shift"]), skip_channels=13), inputs()
+    args = (x[:, :19].contiguous(), temb, x[:, 19:].contiguous())
+    assert torch.equal(torch.compile(int8, backend="eager", fullgraph=True)(*args), int8(*args))
+    assert torch.equal(torch.export.export(int8, args).module()(*args), int8(*args))

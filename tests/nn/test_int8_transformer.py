@@ -138,3 +138,10 @@ def test_errors():
         )
     with pytest.raises(ValueError, match="attn1.to_q.*norms compute affine"):
         Int8TransformerBlock.from_float(make_block(), Scheme("per_token", symmetric=True))
+
+
+@torch.no_grad()
+def test_compile_and_export():
+    int8, args = Int8Transformer2D.from_float(make_model()), (torch.randn(1, 32, 3, 4), states(1))
+    assert torch.equal(torch.compile(int8, backend="eager", fullgraph=True)(*args), int8(*args))
+    assert torch.equal(torch.export.export(int8, args).module()(*args), int8(*args))

@@ -72,6 +72,9 @@ def test_mixed_buckets_take_the_union(symmetric):
     assert (127 - offset) * scale == pytest.approx(expected[1], abs=scale.item())
     model.timestep_scales.select(torch.tensor([800, 900]))  # of one bucket: its row, exactly
     assert conv_scale(model)[0] == model.conv.input_scale[3].item()
+    scale, zero_point = model.timestep_scales._merged(torch.tensor([2, 2, 2]))  # as a GPU takes them, one by one
+    assert scale[1] == model.linear.input_scale[2]
+    assert symmetric or zero_point[1] == model.linear.input_zero_point[2]
 
 
 @torch.no_grad()
