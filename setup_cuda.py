@@ -2,7 +2,7 @@
 
 nvcc's presence decides, never a GPU's: kernels are compiled for a list of architectures, and the bindings need only the
 headers of torch, which may be a CPU build. Environment: PYDENOISE_CUDA=auto|0|1 (1: fail without nvcc),
-PYDENOISE_CUDA_ARCHS (for example "90" or "80,89,90a,100a"), NVCC (path of the compiler).
+PYDENOISE_CUDA_ARCHS (for example "90a" or "80,89,90a,100a"), NVCC (path of the compiler).
 """
 
 import os
@@ -16,10 +16,10 @@ SOURCES = [
     "csrc/quantize/cuda.cu",
 ]
 BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_int8.cpp"]
-# sm_80 code also runs on 8.6 and 8.9, sm_90 on H100 and H200; newer ones compile the PTX of the last when they first
-# load the library. Every further architecture adds about ten seconds of one core to an installation, and no kernel so
-# far uses an instruction of the `a` variants.
-DEFAULT_ARCHS = "80,90"
+# sm_80 code also runs on 8.6 and 8.9, sm_90a on H100 and H200 (wgmma, the int8 tensor cores' full rate); newer ones
+# compile the PTX of the last portable one, sm_80, when they first load the library. Every further architecture adds
+# about fifteen seconds of one core to an installation.
+DEFAULT_ARCHS = "80,90a"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 
 
@@ -52,6 +52,7 @@ def architecture_flags(archs: str | None = None) -> list[str]:
         if not name.rstrip("af").isdigit():
             raise SystemExit(f"pydenoise: PYDENOISE_CUDA_ARCHS: {name!r} is no architecture; write for example 80,90.")
     flags = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in names]
+    flags += ["-DPDN_SM90A"] * ("90a" in names)  # the host code may choose kernels that need it
     portable = [name for name in names if name.isdigit()]
     if portable:
         flags.append(f"-gencode=arch=compute_{portable[-1]},code=compute_{portable[-1]}")

@@ -5,11 +5,14 @@
     python tests/aot/cuda_budget.py --write           # make today's registers and shared memory the budget
 
 A kernel violates the budget if it spills registers, needs a stack frame, or exceeds the registers or the static shared
-memory that tests/aot/cuda_budget.json grants it. The budget is keyed by kernel, the largest over the architectures;
-nvcc's version is kept beside it, because another version may allocate differently. No GPU is needed.
+memory that tests/aot/cuda_budget.json grants it, or if its machine code lacks the tensor-core instruction that it is
+written for (looked for with cuobjdump, from PATH or from Triton's package). The budget is keyed by kernel, the largest
+over the architectures; nvcc's version is kept beside it, because another version may allocate differently. No GPU is
+needed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -30,6 +33,11 @@ SOURCES = (
     "csrc/quantize/cuda.cu",
 )
 ARCHS = ("80", "89", "90a", "100a")
+# (start of the kernel's name, architectures or None for all): what its machine code must hold
+INSTRUCTIONS = {
+    ("mma_kernel", None): r"\bIMMA\.16832\.S8\.S8\b",
+    ("wgmma_kernel", "90a"): r"\bIGMMA\.64x\d+x32\.S8\.S8\b",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Usage:
     shared_bytes: int
     spill_bytes: int
     stack_bytes: int
+    missing: str | None = None  # an instruction that its machine code should hold
 
 
 def demangle(names: list[str]) -> dict[str, str]:
@@ -58,21 +67,51 @@ def demangle(names: list[str]) -> dict[str, str]:
     return result
 
 
-def compile_report(source: str, arch: str) -> str:
-    """ptxas -v output for one source and architecture. Raises ``SystemExit`` if it does not compile."""
+def disassembler() -> str | None:
+    """cuobjdump: from PATH, else the one that Triton brings."""
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("triton")
+    if found is None and spec is not None and spec.origin:
+        candidate = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(candidate) if candidate.is_file() else None
+    return found
+
+
+def machine_code(cubin: str) -> dict[str, str]:
+    """Mangled kernel name -> its disassembly; empty without a disassembler."""
+    tool = disassembler()
+    if tool is None:
+        return {}
+    text = subprocess.run([tool, "--dump-sass", cubin], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"Function : (\w+)", text)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def compile_report(source: str, arch: str) -> tuple[str, dict[str, str]]:
+    """(ptxas -v output, machine code by kernel) for one architecture. Raises ``SystemExit`` if it does not compile."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            os.environ.get("NVCC", "nvcc"), "-std=c++20", "-O3", "-cubin", "-Xptxas", "-v,-warn-spills",
+            os.environ.get("NVCC", "nvcc"), "-std=c++20", "-O3", "-cubin", "-DPDN_SM90A", "-Xptxas", "-v,-warn-spills",
             f"-gencode=arch=compute_{arch},code=sm_{arch}", source, "-o", f"{folder}/out.cubin",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{source} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+        if done.returncode != 0:
+            raise SystemExit(f"{source} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
+        return done.stdout + done.stderr, machine_code(f"{folder}/out.cubin")
 
 
-def parse_report(text: str, arch: str) -> list[Usage]:
-    """Every kernel in a ptxas -v report."""
+def missing_instruction(kernel: str, arch: str, code: str | None) -> str | None:
+    """The pattern that ``kernel`` should show and does not; ``None`` if all is well or nothing could be read."""
+    if code is None:
+        return None
+    for (start, only), pattern in INSTRUCTIONS.items():
+        if kernel.startswith(start) and only in (None, arch) and not re.search(pattern, code):
+            return pattern
+    return None
+
+
+def parse_report(text: str, code: dict[str, str], arch: str) -> list[Usage]:
+    """Every kernel in a ptxas -v report, with its machine code."""
     pattern = re.compile(
         r"Compiling entry function '(?P<name>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
@@ -86,7 +125,9 @@ def parse_report(text: str, arch: str) -> list[Usage]:
         shared = re.search(r"(\d+) bytes smem", match["rest"])
         spills = int(match["stores"]) + int(match["loads"])
         numbers = (int(match["registers"]), int(shared[1]) if shared else 0, spills, int(match["stack"]))
-        usages.append(Usage(names[match["name"]], arch, *numbers))
+        kernel = names[match["name"]]
+        missing = missing_instruction(kernel, arch, code.get(match["name"]))
+        usages.append(Usage(kernel, arch, *numbers, missing))
     return usages
 
 
@@ -97,6 +138,8 @@ def violations(usages: list[Usage], budget: dict) -> list[str]:
         where = f"{use.kernel} on sm_{use.arch}"
         if use.spill_bytes or use.stack_bytes:
             found.append(f"{where}: {use.spill_bytes} bytes of spills, {use.stack_bytes} bytes of stack")
+        if use.missing:
+            found.append(f"{where}: no instruction like {use.missing} in its machine code")
         granted = budget.get(use.kernel)
         if granted is None:
             found.append(f"{where}: has no budget; run with --write")
@@ -137,9 +180,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     jobs = [(source, arch) for source in SOURCES for arch in args.archs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(lambda job: parse_report(compile_report(*job), job[1]), jobs))
+        reports = list(pool.map(lambda job: parse_report(*compile_report(*job), job[1]), jobs))
     usages = [use for report in reports for use in report]
     print_table(usages, args.archs)
+    if disassembler() is None:
+        print("cuda_budget: cuobjdump was not found; the machine code was not read")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"V([\d.]+)", version)
     if args.write:
