@@ -9,6 +9,7 @@ from pydenoise.nn._plans import Plans, Request, ask, keeps_float, label
 from pydenoise.nn.fused_conv import FusedConv2d
 from pydenoise.nn.int8_conv2d import Int8Conv2d, plain_conv
 from pydenoise.nn.int8_linear import Int8Linear
+from pydenoise.ops._quantized import FLOATS
 from pydenoise.reference.weighted_conv import activate
 
 _ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Identity: "none"}
@@ -29,6 +30,8 @@ class Int8Block(nn.Module):
         if input.dim() != dims:
             shape = "[N, C, H, W]" if dims == 4 else "[N, tokens, C]"
             raise ValueError(f"{name}: expected {shape}, got {tuple(input.shape)}")
+        if input.dtype not in FLOATS:
+            raise TypeError(f"{name}: expected float32, bfloat16 or float16, got {input.dtype}")
 
 
 def activation_name(module: object, name: str) -> str:

@@ -20,6 +20,7 @@ from pydenoise.nn._blocks import (
 )
 from pydenoise.nn._int8 import Norm
 from pydenoise.nn._plans import Plans, ask
+from pydenoise.nn.int8_conv2d import Int8Conv2d
 from pydenoise.ops._arguments import check_choice
 from pydenoise.ops.norm_quantize import ACTIVATIONS
 from pydenoise.reference.weighted_conv import activate
@@ -202,21 +203,24 @@ class Int8ResnetBlock(Int8Block):
         return _halved(float_group_norm(self.norm1, hidden_states, skip=skip, activation=self.activation))
 
     def _residual(self, hidden_states: Tensor, skip: Tensor | None) -> Tensor:
-        """The shortcut. A 1x1 convolution runs on the smaller image: before upsampling, after halving."""
+        """The shortcut, in the dtype in which it is computed: what adds it takes any.
+
+        A 1x1 convolution runs on the smaller image: before upsampling, after halving.
+        """
+        up = self.resample == "up"
         if self.resample == "down":
             hidden_states, skip = _halved(hidden_states), None if skip is None else _halved(skip)
-        dtype = hidden_states.dtype
-        if self.conv_shortcut is not None:
-            wide = _is_wide(self.conv_shortcut) and self.resample == "up"
-            if wide:
-                hidden_states, skip = _doubled(hidden_states), None if skip is None else _doubled(skip)
-            result = run_conv(self.conv_shortcut, hidden_states, dtype)
-            if skip is not None:
-                result = run_conv(self.conv_shortcut_skip, skip, dtype, residual=result)
-            return _doubled(result) if self.resample == "up" and not wide else result
-        result = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=1)
-        result = result if self.gain == 1.0 else result * self.gain
-        return _doubled(result) if self.resample == "up" else result
+        if self.conv_shortcut is None:
+            result = hidden_states if skip is None else torch.cat([hidden_states, skip], dim=1)
+            result = result if self.gain == 1.0 else result * self.gain
+            return _doubled(result) if up else result
+        if up and _is_wide(self.conv_shortcut):
+            hidden_states, skip, up = _doubled(hidden_states), None if skip is None else _doubled(skip), False
+        dtype = _dtype_of(self.conv_shortcut, hidden_states)
+        result = run_conv(self.conv_shortcut, hidden_states, dtype)
+        if skip is not None:
+            result = run_conv(self.conv_shortcut_skip, skip, dtype, residual=result)
+        return _doubled(result) if up else result
 
     def extra_repr(self) -> str:
         text = f"skip_channels={self.skip_channels}, activation={self.activation}"
@@ -234,6 +238,11 @@ def _doubled(x: Tensor) -> Tensor:
 def _is_wide(conv: nn.Module) -> bool:
     """Whether it sees more than one pixel, so that upsampling before and after it are different things."""
     return tuple(conv.kernel_size) != (1, 1)
+
+
+def _dtype_of(conv: nn.Module, input: Tensor) -> torch.dtype:
+    """Of the result of ``conv`` without a cast."""
+    return input.dtype if isinstance(conv, Int8Conv2d) else conv.weight.dtype
 
 
 def _frozen_linear(linear: nn.Module | None) -> nn.Linear | None:

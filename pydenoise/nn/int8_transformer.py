@@ -138,10 +138,14 @@ class Int8TransformerBlock(Int8Block):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: Tensor | Codes | None = None,
         encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict | None = None,
+        class_labels: Tensor | None = None,
+        added_cond_kwargs: dict | None = None,
         *,
         key_value: Tensor | None = None,
     ) -> Tensor:
-        """Run the block.
+        """Run the block; the arguments of the float one, of which these count:
 
         Args:
             hidden_states: [N, T, C], float32, bfloat16 or float16.
@@ -154,6 +158,7 @@ class Int8TransformerBlock(Int8Block):
             [N, T, C] in the input's dtype.
         """
         self.check(hidden_states, dims=3)
+        _check_kwargs(cross_attention_kwargs)
         hidden_states = hidden_states.contiguous()
         self._check_context(encoder_hidden_states, key_value)
         own = score_bias(attention_mask, hidden_states.dtype, "attention_mask")
@@ -229,8 +234,7 @@ class Int8Transformer2D(Int8Block):
             [N, C, H, W] in the input's dtype and channels_last memory.
         """
         self.check(hidden_states)
-        if cross_attention_kwargs:
-            raise ValueError(f"cross_attention_kwargs: expected none, got {sorted(cross_attention_kwargs)}")
+        _check_kwargs(cross_attention_kwargs)
         dtype, (height, width) = hidden_states.dtype, hidden_states.shape[2:]
         if key_values is None:
             encoder_hidden_states = self._shared_codes(encoder_hidden_states)
@@ -274,6 +278,12 @@ def score_bias(mask: Tensor | None, dtype: torch.dtype, name: str) -> Tensor | N
         mask = mask if mask.dtype == torch.bool else mask.to(dtype)
         return mask[:, None] if mask.dim() == 3 else mask
     raise ValueError(f"{name}: expected [N, S], [N, 1, S] or [N, heads, T, S], got {tuple(mask.shape)}")
+
+
+def _check_kwargs(cross_attention_kwargs: dict | None) -> None:
+    """They are meant for processors of the attention, which int8 blocks do not have."""
+    if cross_attention_kwargs:
+        raise ValueError(f"cross_attention_kwargs: expected none, got {sorted(cross_attention_kwargs)}")
 
 
 def _is_crossed(attention: nn.Module) -> bool:

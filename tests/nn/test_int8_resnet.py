@@ -203,6 +203,8 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=word):
             int8(*args)
+    with pytest.raises(TypeError, match="hidden_states: expected float32"):
+        int8(x.double(), temb)
     with pytest.raises(ValueError, match=r"embedding: expected \[2, 32\]"):
         int8(x, embedding=temb)
     with pytest.raises(ValueError, match="without skip_channels"):

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from pydenoise.nn import Int8Transformer2D, Int8TransformerBlock
-from pydenoise.quantization import Scheme, snr_db
+from pydenoise.quantization import Arguments, Scheme, calibrate, snr_db
+from pydenoise.quantization.plan import plan_layer
 
 attention = pytest.importorskip("diffusers.models.attention")
 transformers = pytest.importorskip("diffusers.models.transformers.transformer_2d")
@@ -76,6 +77,34 @@ def test_model_against_diffusers(linear):
     assert torch.equal(int8(x, key_values=int8.key_values(states())), y)
     assert torch.equal(int8(x, encoder_hidden_states=states()), y)
     assert int8(x[:0], states(0)).shape == (0, 32, 5, 3)
+
+
+@torch.no_grad()
+def test_block_inside_a_float_model():
+    """The int8 block takes the float one's place."""
+    model, x = make_model(), torch.randn(2, 32, 4, 3)
+    keep = torch.arange(9).expand(2, -1) < 5
+    expected = model(x, states(), encoder_attention_mask=keep, timestep=torch.tensor([3, 3])).sample
+    model.transformer_blocks[0] = Int8TransformerBlock.from_float(model.transformer_blocks[0])
+    y = model(x, states(), encoder_attention_mask=keep, timestep=torch.tensor([3, 3])).sample
+    assert snr_db(expected, y) > 40
+
+
+@torch.no_grad()
+def test_calibrated_plans():
+    """Static, smoothed plans of each layer, with q, k and v planned as the one layer that they become."""
+    model, x = make_model(), torch.randn(2, 32, 6, 6) * torch.logspace(-0.5, 0.5, 32).reshape(-1, 1, 1)
+    statistics = calibrate(model, [Arguments((x, states()), {})], timestep_argument=None).layers
+    asked = []
+
+    def plan(request):
+        asked.extend(request.names)
+        scheme = Scheme("per_tensor", clip="search", smooth=0.5, bias_correction=True)
+        return plan_layer(request.layer, statistics[request.names[0]], scheme)
+
+    int8 = Int8Transformer2D.from_float(model, plan)
+    assert sorted(asked) == sorted(statistics)
+    assert snr_db(model(x, states()).sample, int8(x, states())) > 28
 
 
 @torch.no_grad()
