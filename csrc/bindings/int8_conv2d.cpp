@@ -149,10 +149,10 @@ void set_activation(ConvParams& p, int64_t activation) {
 }
 
 template <class... Tensors>
-void run_checked(const Algorithm& algorithm, const ConvParams& p, const Tensors&... tensors) {
-    if (p.batch == 0) return;
+void run_checked(const Algorithm& algorithm, const ConvParams& given, const Tensors&... tensors) {
+    if (given.batch == 0) return;
     run_and_record(
-        [&algorithm, p] {
+        [&algorithm, p = int8_conv2d::prepared(algorithm, given)] {
             STD_TORCH_CHECK(int8_conv2d::run(algorithm, p), "out of memory for the scratch buffers of int8_conv2d");
         },
         tensors...);

@@ -71,7 +71,7 @@ struct Held {
 
 struct DenseRun {
     const ConvParams& p;
-    const Plan plan;
+    const Plan& plan;
     const Packing layout;
     Finisher finisher;
     const uint64_t call;
@@ -87,7 +87,7 @@ struct DenseRun {
     }
 
     DenseRun(const ConvParams& params, void* scratch, uint64_t number)
-        : p(params), plan(params), layout(params), finisher(params, sums_of(params)), call(number) {
+        : p(params), plan(params.plan), layout(params), finisher(params, sums_of(params)), call(number) {
         char* at = static_cast<char*>(scratch);
         held = reinterpret_cast<Held*>(at);
         border = reinterpret_cast<int8_t*>(at + 64);
@@ -164,10 +164,6 @@ struct DenseRun {
     }
 };
 
-int64_t dense_items(const ConvParams& p) { return Plan(p).items(p); }
-
-int64_t dense_scratch_bytes(const ConvParams& p) { return Plan(p).bytes; }
-
 void dense_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch, uint64_t call) {
     DenseRun run(p, scratch, call);
     for (int64_t item = begin; item < end; ++item) run.item(item);
@@ -175,8 +171,8 @@ void dense_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch, u
 
 const char* dense_unsupported(const ConvParams&) { return nullptr; }
 
-constexpr Algorithm kDense = {"dense",    dense_unsupported, dense_packed_bytes,  dense_pack_items,
-                              dense_pack, dense_items,       dense_scratch_bytes, dense_run};
+constexpr Algorithm kDense = {"dense",    dense_unsupported, dense_packed_bytes, dense_pack_items,
+                              dense_pack, dense_plan,        dense_run};
 
 }  // namespace
 }  // namespace int8_conv2d

@@ -35,8 +35,11 @@ void depthwise_pack(const ConvParams& p, const int8_t* weight, void* packed, int
 }
 
 // An item is one output row of one image.
-int64_t depthwise_items(const ConvParams& p) { return p.batch * p.rows.out_size; }
-int64_t depthwise_scratch_bytes(const ConvParams&) { return 0; }
+Plan depthwise_plan(const ConvParams& p) {
+    Plan plan{};
+    plan.items = p.batch * p.rows.out_size;
+    return plan;
+}
 
 PDN_INLINE vi widened_codes(const int8_t* x, int64_t lanes) {
     CodeVector narrow{};
@@ -102,8 +105,8 @@ void depthwise_run(const ConvParams& p, int64_t begin, int64_t end, void*, uint6
     }
 }
 
-constexpr Algorithm kDepthwise = {"depthwise",    depthwise_unsupported, depthwise_packed_bytes,  depthwise_blocks,
-                                  depthwise_pack, depthwise_items,       depthwise_scratch_bytes, depthwise_run};
+constexpr Algorithm kDepthwise = {"depthwise",    depthwise_unsupported, depthwise_packed_bytes, depthwise_blocks,
+                                  depthwise_pack, depthwise_plan,        depthwise_run};
 
 }  // namespace
 }  // namespace int8_conv2d

@@ -31,24 +31,6 @@ constexpr double kSerialProducts = 1e6;
 // A number that no other call has; it does not begin at a value that unwritten memory is likely to hold.
 std::atomic<uint64_t> next_call{0x9d5c0fb3a2e41687u};
 
-}  // namespace
-
-const KernelSet& kernel_set(Isa isa) { return *kSets[static_cast<int>(isa)]; }
-
-int choose_algorithm(Isa isa, const ConvParams& p) {
-    const KernelSet& set = kernel_set(isa);
-    for (int i = 0; i < set.algorithm_count; ++i)
-        if (set.algorithms[i].unsupported(p) == nullptr) return i;
-    return -1;
-}
-
-void pack(const Algorithm& algorithm, const ConvParams& p, const int8_t* weight, void* packed) {
-    const int64_t elements = p.in_channels * p.out_channels * p.groups * p.rows.kernel * p.columns.kernel;
-    const int64_t items = algorithm.pack_items(p);
-    parallel_ranges(items, elements < 65536 ? items : 1,
-                    [&](int64_t begin, int64_t end) { algorithm.pack(p, weight, packed, begin, end); });
-}
-
 ConvParams joined(const ConvParams& p) {
     const auto plain = [](const Axis& a) { return a.kernel == 1 && a.step == 1 && a.offset == 0 && a.out_size > 0; };
     if (!plain(p.rows) || !plain(p.columns) || p.upsample != 1 || p.rows.in_size != p.rows.out_size ||
@@ -72,19 +54,39 @@ ConvParams joined(const ConvParams& p) {
     return q;
 }
 
-bool run(const Algorithm& algorithm, const ConvParams& params) {
-    ConvParams p = joined(params);
+}  // namespace
+
+const KernelSet& kernel_set(Isa isa) { return *kSets[static_cast<int>(isa)]; }
+
+int choose_algorithm(Isa isa, const ConvParams& p) {
+    const KernelSet& set = kernel_set(isa);
+    for (int i = 0; i < set.algorithm_count; ++i)
+        if (set.algorithms[i].unsupported(p) == nullptr) return i;
+    return -1;
+}
+
+void pack(const Algorithm& algorithm, const ConvParams& p, const int8_t* weight, void* packed) {
+    const int64_t elements = p.in_channels * p.out_channels * p.groups * p.rows.kernel * p.columns.kernel;
+    const int64_t items = algorithm.pack_items(p);
+    parallel_ranges(items, elements < 65536 ? items : 1,
+                    [&](int64_t begin, int64_t end) { algorithm.pack(p, weight, packed, begin, end); });
+}
+
+ConvParams prepared(const Algorithm& algorithm, const ConvParams& given) {
+    ConvParams p = joined(given);
     const double products = static_cast<double>(p.batch) * p.groups * p.in_channels * p.out_channels * p.rows.kernel *
                             p.columns.kernel * p.rows.out_size * p.columns.out_size;
-    if (products == 0) return true;
     if (products < kSerialProducts) p.threads = 1;
-    const int64_t scratch_bytes = algorithm.scratch_bytes(p);
-    const int64_t items = algorithm.items(p);
+    p.plan = algorithm.plan(p);
+    return p;
+}
+
+bool run(const Algorithm& algorithm, const ConvParams& p) {
     const uint64_t call = next_call.fetch_add(1);
     std::atomic<bool> enough{true};
-    parallel_ranges(items, p.threads == 1 ? items : 1, [&](int64_t begin, int64_t end) {
-        void* scratch = thread_scratch(scratch_bytes);
-        if (scratch == nullptr && scratch_bytes > 0) {
+    parallel_ranges(p.plan.items, p.threads == 1 ? p.plan.items : 1, [&](int64_t begin, int64_t end) {
+        void* scratch = thread_scratch(p.plan.scratch_bytes);
+        if (scratch == nullptr && p.plan.scratch_bytes > 0) {
             enough = false;
             return;
         }

@@ -16,11 +16,12 @@ int choose_algorithm(Isa isa, const ConvParams& p);
 // Pack on all threads into `packed` (Algorithm::packed_bytes, 64-byte aligned). `weight` is dense.
 void pack(const Algorithm& algorithm, const ConvParams& p, const int8_t* weight, void* packed);
 
-// Run on all threads. False if scratch memory is exhausted.
-bool run(const Algorithm& algorithm, const ConvParams& p);
+// Ready to run, once or many times: planned, with images and rows joined where that changes no result (a 1x1 kernel
+// over dense memory sees one long row).
+ConvParams prepared(const Algorithm& algorithm, const ConvParams& p);
 
-// `p` with images and rows joined where that changes no result: a 1x1 kernel over dense memory sees one long row.
-ConvParams joined(const ConvParams& p);
+// Run what is prepared, on all threads. False if scratch memory is exhausted.
+bool run(const Algorithm& algorithm, const ConvParams& p);
 
 }  // namespace int8_conv2d
 }  // namespace pdn

@@ -20,6 +20,25 @@ struct Axis {
     int64_t step, offset, dilation, kernel;
 };
 
+// The parts of an axis that outputs next to each other read, copied into scratch: see plan.inl.
+struct Parts {
+    int64_t count, length;  // parts, and positions of all of them
+    bool per_tap;
+};
+
+// How an algorithm cuts up the work, from sizes and threads alone: made once per call, or once for many equal calls.
+struct Plan {
+    int64_t items, scratch_bytes;  // scratch: per thread
+    int64_t taps, steps;           // steps: of one tap
+    int64_t rows, columns;         // outputs of a full strip
+    int64_t strips_down, strips_across;
+    int64_t blocks, chunks;  // blocks of output channels, and ranges of them per group
+    Parts row_parts, column_parts;
+    int64_t positions;  // input pixels of a full strip in scratch
+    int64_t pitch;      // positions from one step to the next
+    int64_t border_bytes, pointers_at, scales_at, zeros_at, offsets_at, codes_at;  // places in scratch
+};
+
 // Scales and zero points are read when the kernel runs. Nothing is owned: a copy of the struct can be run later, as
 // long as the memory it points at lives.
 struct ConvParams {
@@ -47,11 +66,13 @@ struct ConvParams {
     const float* out_scale;         // for int8 output
     const int32_t* out_zero_point;  // or null: symmetric, codes -127..127
     void* output;
+
+    Plan plan;  // written by Algorithm::plan
 };
 
 // One way to compute the convolution at one ISA level. The caller asks `unsupported`, allocates packed_bytes, packs,
-// then runs all items, in any split over threads: the result does not depend on the split. The choice and the packed
-// layout depend on channels, groups, kernel and step alone, never on sizes or scales.
+// plans, then runs all items, in any split over threads: the result does not depend on the split. The choice and the
+// packed layout depend on channels, groups, kernel and step alone, never on sizes or scales.
 struct Algorithm {
     const char* name;
     const char* (*unsupported)(const ConvParams& p);  // null if it can run, else the reason (a literal)
@@ -59,9 +80,8 @@ struct Algorithm {
     int64_t (*pack_items)(const ConvParams& p);
     // weight: dense [groups * out_channels][in_channels][kernel rows][kernel columns]
     void (*pack)(const ConvParams& p, const int8_t* weight, void* packed, int64_t begin, int64_t end);
-    int64_t (*items)(const ConvParams& p);
-    int64_t (*scratch_bytes)(const ConvParams& p);  // per thread
-    // `call` is a number that no other call of this process has: scratch of the same call may hold what an item before
+    Plan (*plan)(const ConvParams& p);
+    // `call` is a number that no other call of this process has: the scratch of a call may hold what an item before
     // left there.
     void (*run)(const ConvParams& p, int64_t begin, int64_t end, void* scratch, uint64_t call);
 };

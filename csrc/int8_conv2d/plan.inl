@@ -25,13 +25,9 @@ PDN_INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 PDN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 PDN_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The parts of the axis, in scratch, that `count` adjoining outputs read. With a step of 1 it is one part that all taps
-// share, shifted; with a larger step one part per phase (tap * dilation modulo step). Where taps lie further apart than
+// The parts of an axis that `count` adjoining outputs read. With a step of 1 it is one part that all taps share,
+// shifted; with a larger step one part per phase (tap * dilation modulo step). Where taps lie further apart than
 // outputs, every tap has a part of its own.
-struct Parts {
-    int64_t count, length;  // parts, and positions of all of them
-    bool per_tap;
-};
 
 // Calls f(part's first tap, part's length) for each part with shared taps.
 template <class F>
@@ -85,84 +81,77 @@ PDN_INLINE int block_width(const ConvParams& p, int64_t block) {
     return p.out_channels - block * kLanes > kWidth ? kLanes : kWidth;
 }
 
-struct Plan {
-    int64_t taps, steps;    // steps: of one tap
-    int64_t rows, columns;  // outputs of a full strip
-    int64_t strips_down, strips_across;
-    int64_t blocks, chunks;  // blocks of output channels, and ranges of them per group
-    Parts row_parts, column_parts;
-    int64_t positions;  // input pixels of a full strip in scratch
-    int64_t pitch;      // of the copy, in positions: an odd number of cache lines per step
-    int64_t border_bytes, pointers_at, scales_at, zeros_at, offsets_at, codes_at, bytes;  // scratch
+PDN_INLINE int64_t positions_of(const ConvParams& p, int64_t height, int64_t width) {
+    return parts_of(p.rows, height).length * parts_of(p.columns, width).length;
+}
 
-    explicit Plan(const ConvParams& p) {
-        taps = p.rows.kernel * p.columns.kernel;
-        steps = ceil_div(p.in_channels, kChannels);
-        blocks = blocks_of(p);
-        size_strips(p);
-        share_out(p);
-        lay_out(p);
+// Counts the strips; returns how many there are in all images and groups.
+PDN_INLINE int64_t count_strips(const ConvParams& p, Plan& plan) {
+    plan.strips_down = ceil_div(p.rows.out_size, plan.rows);
+    plan.strips_across = ceil_div(p.columns.out_size, plan.columns);
+    return p.batch * p.groups * plan.strips_down * plan.strips_across;
+}
+
+// The largest strip whose copy keeps to kStripBytes.
+void size_strips(const ConvParams& p, Plan& plan) {
+    const int64_t fit = max64(1, kStripBytes / (plan.steps * 4));
+    plan.columns = min64(p.columns.out_size, p.rows.out_size == 1 ? kRowStripColumns : kStripColumns);
+    while (plan.columns > kTile && positions_of(p, 1, plan.columns) > fit)
+        plan.columns = max64(kTile, plan.columns / 2);
+    int64_t low = 1, high = p.rows.out_size + 1;  // low fits, high does not
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (positions_of(p, middle, plan.columns) <= fit ? low : high) = middle;
     }
+    plan.rows = low;
+}
 
-    int64_t items(const ConvParams& p) const { return p.batch * p.groups * strips_down * strips_across * chunks; }
+// Enough items for all threads: by ranges of output channels where the weights are more to read than the image, by
+// smaller strips otherwise, and by the other of the two for what is still missing.
+void share_out(const ConvParams& p, Plan& plan) {
+    const int64_t wanted = p.threads > 1 ? p.threads * kItemsPerThread : 1;
+    const auto ranges = [&] { return max64(1, min64(plan.blocks, ceil_div(wanted, max64(1, count_strips(p, plan))))); };
+    const bool heavy = plan.taps * p.out_channels > p.rows.out_size * p.columns.out_size;
+    plan.chunks = heavy ? ranges() : 1;
+    const int64_t halo = (p.rows.kernel - 1) * p.rows.dilation / p.rows.step;
+    const int64_t lowest = max64(1, min64(plan.rows, 2 * halo)), narrowest = 4 * kTile;
+    while (plan.rows > lowest && count_strips(p, plan) * plan.chunks < wanted) plan.rows = max64(lowest, plan.rows / 2);
+    while (p.rows.out_size == 1 && plan.columns > narrowest && count_strips(p, plan) * plan.chunks < wanted)
+        plan.columns = max64(narrowest, plan.columns / 2);
+    if (!heavy) plan.chunks = ranges();
+    count_strips(p, plan);
+    plan.rows = ceil_div(p.rows.out_size, plan.strips_down);  // of equal size
+    plan.columns = ceil_div(p.columns.out_size, plan.strips_across);
+    plan.items = count_strips(p, plan) * plan.chunks;
+}
 
-  private:
-    int64_t positions_of(const ConvParams& p, int64_t height, int64_t width) const {
-        return parts_of(p.rows, height).length * parts_of(p.columns, width).length;
-    }
+// A step's positions begin an odd number of cache lines after those of the step before: the lines of a tile then spread
+// over the sets of the cache.
+void lay_out(const ConvParams& p, Plan& plan) {
+    plan.row_parts = parts_of(p.rows, plan.rows);
+    plan.column_parts = parts_of(p.columns, plan.columns);
+    plan.positions = plan.row_parts.length * plan.column_parts.length;
+    plan.pitch = (ceil_div(plan.positions, 16) | 1) * 16;
+    plan.border_bytes = round_up(p.in_channels, 64);
+    plan.pointers_at = 64 + plan.border_bytes;  // the first cache line says what the scratch holds
+    plan.scales_at = plan.pointers_at + plan.pitch * 8;
+    plan.zeros_at = plan.scales_at + (p.per_pixel ? plan.pitch * 4 : 0);
+    plan.offsets_at = plan.zeros_at + (p.per_pixel ? plan.pitch * 4 : 0);
+    plan.codes_at = plan.offsets_at + round_up(plan.taps * plan.steps * 4, 64);
+    plan.scratch_bytes = plan.codes_at + plan.steps * plan.pitch * 4;
+}
 
-    // The largest strip whose copy keeps to kStripBytes.
-    void size_strips(const ConvParams& p) {
-        const int64_t fit = max64(1, kStripBytes / (steps * 4));
-        columns = min64(p.columns.out_size, p.rows.out_size == 1 ? kRowStripColumns : kStripColumns);
-        while (columns > kTile && positions_of(p, 1, columns) > fit) columns = max64(kTile, columns / 2);
-        rows = 1;
-        while (rows < p.rows.out_size && positions_of(p, rows + 1, columns) <= fit) ++rows;
-    }
-
-    // Enough items for all threads: by ranges of output channels where the weights are more to read than the image, by
-    // smaller strips otherwise, and by the other of the two for what is still missing.
-    void share_out(const ConvParams& p) {
-        const int64_t wanted = p.threads > 1 ? p.threads * kItemsPerThread : 1;
-        const bool heavy = taps * p.out_channels > p.rows.out_size * p.columns.out_size;
-        chunks = 1;
-        if (heavy) chunks = missing(p, wanted, blocks);
-        const int64_t halo = (p.rows.kernel - 1) * p.rows.dilation / p.rows.step;
-        const int64_t lowest = min64(rows, 2 * halo);
-        while (rows > max64(1, lowest) && count_strips(p) * chunks < wanted) rows = max64(max64(1, lowest), rows / 2);
-        while (p.rows.out_size == 1 && columns > 4 * kTile && count_strips(p) * chunks < wanted)
-            columns = max64(4 * kTile, columns / 2);
-        if (!heavy) chunks = missing(p, wanted, blocks);
-        count_strips(p);
-        rows = ceil_div(p.rows.out_size, strips_down);
-        columns = ceil_div(p.columns.out_size, strips_across);
-        count_strips(p);
-    }
-
-    int64_t missing(const ConvParams& p, int64_t wanted, int64_t most) {
-        return max64(1, min64(most, ceil_div(wanted, max64(1, count_strips(p)))));
-    }
-
-    int64_t count_strips(const ConvParams& p) {
-        strips_down = ceil_div(p.rows.out_size, rows);
-        strips_across = ceil_div(p.columns.out_size, columns);
-        return p.batch * p.groups * strips_down * strips_across;
-    }
-
-    void lay_out(const ConvParams& p) {
-        row_parts = parts_of(p.rows, rows);
-        column_parts = parts_of(p.columns, columns);
-        positions = row_parts.length * column_parts.length;
-        pitch = (ceil_div(positions, 16) | 1) * 16;
-        border_bytes = round_up(p.in_channels, 64);
-        pointers_at = 64 + border_bytes;  // a cache line says what the scratch holds
-        scales_at = pointers_at + pitch * 8;
-        zeros_at = scales_at + (p.per_pixel ? pitch * 4 : 0);
-        offsets_at = zeros_at + (p.per_pixel ? pitch * 4 : 0);
-        codes_at = offsets_at + round_up(taps * steps * 4, 64);
-        bytes = codes_at + steps * pitch * 4;
-    }
-};
+Plan dense_plan(const ConvParams& p) {
+    Plan plan{};
+    plan.taps = p.rows.kernel * p.columns.kernel;
+    plan.steps = ceil_div(p.in_channels, kChannels);
+    plan.blocks = blocks_of(p);
+    if (p.batch == 0 || p.rows.out_size == 0 || p.columns.out_size == 0) return plan;
+    size_strips(p, plan);
+    share_out(p, plan);
+    lay_out(p, plan);
+    return plan;
+}
 
 }  // namespace
 }  // namespace int8_conv2d

@@ -327,7 +327,8 @@ struct Problem {
             p.out_zero_point = c.with.out_zero == kNone ? nullptr : &out_zero;
         }
         packed.resize(static_cast<size_t>(algorithm.packed_bytes(p)));
-        scratch.resize(static_cast<size_t>(algorithm.scratch_bytes(p)));
+        p.plan = algorithm.plan(p);
+        scratch.resize(static_cast<size_t>(p.plan.scratch_bytes));
         p.packed = packed.data();
     }
 
@@ -440,7 +441,7 @@ bool split_changes_result(Problem& q, const Algorithm& algorithm, bool fresh) {
     const Values<char> whole = q.output;
     q.poison();
     const uint64_t call = next_call++;
-    for (int64_t item = algorithm.items(q.p) - 1; item >= 0; --item) {
+    for (int64_t item = q.p.plan.items - 1; item >= 0; --item) {
         if (fresh) std::fill(q.scratch.begin(), q.scratch.end(), 0x7f);
         algorithm.run(q.p, item, item + 1, q.scratch.data(), call);
     }
@@ -453,7 +454,7 @@ bool passes(const Case& c, const Algorithm& algorithm) {
     q.poison();
     for (int64_t item = algorithm.pack_items(q.p) - 1; item >= 0; --item)
         algorithm.pack(q.p, q.weight.data(), q.packed.data(), item, item + 1);
-    if (q.outputs > 0) algorithm.run(q.p, 0, algorithm.items(q.p), q.scratch.data(), next_call++);
+    if (q.outputs > 0) algorithm.run(q.p, 0, q.p.plan.items, q.scratch.data(), next_call++);
     const double ratio = error_ratio(c, q);
     const bool split = split_changes_result(q, algorithm, true) || split_changes_result(q, algorithm, false);
     const bool fine = ratio <= 1 && !split;
@@ -548,7 +549,7 @@ void time_layer(const Layer& l, int threads, Team& team) {
     Problem q(c, kDense);
     kDense.pack(q.p, q.weight.data(), q.packed.data(), 0, kDense.pack_items(q.p));
     std::vector<Values<char>> scratch(static_cast<size_t>(threads), q.scratch);
-    const int64_t items = kDense.items(q.p);
+    const int64_t items = q.p.plan.items;
     std::atomic<int64_t> next{0};
     uint64_t call = 0;
     const auto share = [&](int thread) {
