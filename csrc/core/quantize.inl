@@ -126,45 +126,6 @@ PDN_INLINE void store_codes(int8_t* p, vi codes, int lowest, int n) {
     std::memcpy(p, lanes, static_cast<size_t>(n));
 }
 
-#if defined(__AVX512F__)
-// Four vectors of codes as bytes, one after the other.
-PDN_INLINE __m512i packed_codes(const vi* codes, int lowest) {
-    const __m512i first = _mm512_packs_epi32((__m512i)codes[0], (__m512i)codes[1]);
-    const __m512i second = _mm512_packs_epi32((__m512i)codes[2], (__m512i)codes[3]);
-    const __m512i bytes = _mm512_packs_epi16(first, second);  // four bytes of each in every 128-bit lane
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i least = _mm512_set1_epi8(static_cast<char>(lowest));
-    return _mm512_max_epi8(_mm512_permutexvar_epi32(order, bytes), least);
-}
-#endif
-
-// `V` vectors of codes to places `step` bytes apart.
-template <int V, class Lanes>
-PDN_INLINE void store_codes(int8_t* p, int64_t step, const vi* codes, int lowest, Lanes lanes) {
-    for (int i = 0; i < V; ++i) store_codes(p + i * step, codes[i], lowest, lanes);
-}
-
-#if defined(__AVX512F__)
-template <>
-PDN_INLINE void store_codes<4, AllLanes>(int8_t* p, int64_t step, const vi* codes, int lowest, AllLanes) {
-    const __m512i bytes = packed_codes(codes, lowest);
-    const auto at = [&](int i) { return reinterpret_cast<__m128i*>(p + i * step); };
-    _mm_storeu_si128(at(0), _mm512_castsi512_si128(bytes));
-    _mm_storeu_si128(at(1), _mm512_extracti32x4_epi32(bytes, 1));
-    _mm_storeu_si128(at(2), _mm512_extracti32x4_epi32(bytes, 2));
-    _mm_storeu_si128(at(3), _mm512_extracti32x4_epi32(bytes, 3));
-}
-#endif
-
-// `V` adjacent vectors of codes.
-template <int V>
-PDN_INLINE void store_adjacent_codes(int8_t* p, const vi* codes, int lowest) {
-#if defined(__AVX512F__)
-    if constexpr (V == 4) return _mm512_storeu_si512(p, packed_codes(codes, lowest));
-#endif
-    for (int i = 0; i < V; ++i) store_codes(p + i * kWidth, codes[i], lowest, AllLanes{});
-}
-
 // rint(v / scale) + zero_point with a true division: exact once clamped.
 PDN_INLINE vi exact_codes(vf v, const Codes& codes) {
     return round_even(within_codes(v / codes.scale)) + codes.zero_point;
@@ -247,20 +208,32 @@ PDN_INLINE Codes codes_of(const Range& range, bool symmetric) {
 
 constexpr float kMinusLog2e = -1.44269504088896341f;
 
-// 1 + 2^t for t up to 120 (more counts as 120), to about 1e-7 relative. NaN stays NaN.
+// 1 + 2^t, to about 5e-7 relative; t counts as at least -120 and at most 120, and NaN as 120.
 PDN_INLINE vf one_plus_exp2(vf t) {
 #if defined(__AVX512F__)
-    const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(120.f), (__m512)t);  // the second operand where one is NaN
-    const __m512 r = _mm512_reduce_ps(bounded, 0x09);                        // minus its floor: 0 <= r < 1
-    __m512 e = _mm512_set1_ps(1.87757658e-3f);                               // 2^r, fitted to 8e-8
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(8.98934063e-3f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(5.58263175e-2f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(2.40153611e-1f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(6.93153083e-1f));
-    e = _mm512_fmadd_ps(e, r, _mm512_set1_ps(9.9999994e-1f));
-    return (vf)_mm512_add_ps(_mm512_scalef_ps(e, bounded), _mm512_set1_ps(1.f));
+    // t = k / 16 + r: 2^(k mod 16 / 16) from a table (less k mod 16 in the place to which k is shifted), 2^r - 1 by a
+    // polynomial, fitted to 4e-7.
+    const __m512i table = _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                                            0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                                            0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
+    const __m512 bounded = _mm512_range_ps((__m512)t, _mm512_set1_ps(120.f), 2);  // smaller magnitude, sign of t
+    const __m512 magic = _mm512_set1_ps(786432.f);                                // adding it rounds to 1 / 16
+    const __m512 shifted = _mm512_add_ps(bounded, magic);
+    const __m512 r = _mm512_sub_ps(bounded, _mm512_sub_ps(shifted, magic));
+    const __m512i k = _mm512_castps_si512(shifted);
+    const __m512i bits = _mm512_add_epi32(_mm512_permutexvar_epi32(k, table), _mm512_slli_epi32(k, 19));
+    const __m512 power = _mm512_castsi512_ps(bits);
+    const __m512 part =
+        _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(0.240226477f), _mm512_set1_ps(0.693187714f)), r);
+    return (vf)_mm512_fmadd_ps(power, part, _mm512_add_ps(power, _mm512_set1_ps(1.f)));
 #else
-    const vf bounded = select(t < -120.f, splat(-120.f), select(t > 120.f, splat(120.f), t));
+#if defined(__AVX2__)
+    const vf bounded = (vf)_mm256_max_ps(_mm256_min_ps((__m256)t, _mm256_set1_ps(120.f)), _mm256_set1_ps(-120.f));
+#elif defined(__SSE2__)
+    const vf bounded = (vf)_mm_max_ps(_mm_min_ps((__m128)t, _mm_set1_ps(120.f)), _mm_set1_ps(-120.f));
+#else
+    const vf bounded = vmax(vmin(t, splat(120.f)), splat(-120.f));
+#endif
     const vf magic = splat(12582912.f);  // adding it rounds to an integer
     const vf shifted = bounded + magic;
     const vf r = bounded - (shifted - magic);
@@ -274,10 +247,14 @@ PDN_INLINE vf one_plus_exp2(vf t) {
 #endif
 }
 
-// x * logistic(x); 0 for minus infinity.
+// x * logistic(x); 0 for minus infinity, NaN stays NaN.
 PDN_INLINE vf fast_silu(vf x) {
 #if defined(__AVX512F__)
     const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(-120.f), (__m512)x);  // the second operand where one is NaN
+#elif defined(__AVX2__)
+    const vf bounded = (vf)_mm256_max_ps(_mm256_set1_ps(-120.f), (__m256)x);
+#elif defined(__SSE2__)
+    const vf bounded = (vf)_mm_max_ps(_mm_set1_ps(-120.f), (__m128)x);
 #else
     const vf bounded = select(x < -120.f, splat(-120.f), x);
 #endif

@@ -272,19 +272,14 @@ PDN_INLINE void values_of(const T* x, int64_t stride, const float* at, int64_t s
         vf below[V];
         for (int i = 0; i < V; ++i) below[i] = v[i] * gain + offset;
         for (int i = 0; i < V; ++i) v[i] = v[i] * second_gain + second_offset;
-        for (int i = 0; i < V; ++i) below[i] = one_plus_exp2(below[i]);
-        for (int i = 0; i < V; ++i) v[i] = v[i] / below[i];
+        for (int i = 0; i < V; ++i) v[i] = v[i] / one_plus_exp2(below[i]);
         return;
     }
     for (int i = 0; i < V; ++i) v[i] = v[i] * gain + offset;
     if constexpr (kFolded && A == Activation::none) return;
     const vf factor = slot(kFactor);
-    for (int i = 0; i < V; ++i) {
-        if constexpr (A == Activation::silu)
-            v[i] = fast_silu(v[i]) * factor;
-        else
-            v[i] = activate(v[i], static_cast<int>(A)) * factor;
-    }
+    for (int i = 0; i < V; ++i)
+        v[i] = (A == Activation::silu ? fast_silu(v[i]) : activate(v[i], static_cast<int>(A))) * factor;
 }
 
 // `V` pixels of one panel under the given scale.
@@ -297,7 +292,7 @@ PDN_INLINE void write_given(const T* x, int64_t stride, int64_t count, const flo
             vi q[V];
             values_of<T, A, true, V>(x + c, stride, slots + c, size, v, lanes);
             for (int i = 0; i < V; ++i) q[i] = round_even(v[i]) + codes.zero_point;
-            store_codes<V>(y + c, step, q, codes.lowest, lanes);
+            for (int i = 0; i < V; ++i) store_codes(y + i * step + c, q[i], codes.lowest, lanes);
         });
     } else {
         each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
@@ -341,7 +336,7 @@ PDN_INLINE void write_dynamic(const float* values, int64_t channels, const Range
             const vf v = load_lanes(values + i * channels + c, lanes);
             q[i] = safe ? round_even(v * inverse[i]) + codes[i].zero_point : exact_codes(v, codes[i]);
         }
-        store_codes<V>(y + c, channels, q, -128, lanes);
+        for (int i = 0; i < V; ++i) store_codes(y + i * channels + c, q[i], -128, lanes);
     });
 }
 
