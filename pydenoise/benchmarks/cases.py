@@ -21,12 +21,14 @@ class Bar:
     """What the ``subjects`` (providers of ours) should reach: a speed-up over each of ``against``, or a time.
 
     ``extra_seconds``: at most so much more than the baseline. ``seconds``: at most so long, whatever the others take.
+    ``of_floor``: at least this fraction of the machine's floor.
     """
 
     against: tuple[str, ...] = ()
     speedup: float | None = None
     extra_seconds: float | None = None
     seconds: float | None = None
+    of_floor: float | None = None
     subjects: tuple[str, ...] = FP32_OURS
 
 

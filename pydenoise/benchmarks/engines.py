@@ -3,6 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy
 import torch
@@ -35,8 +36,8 @@ def export_onnx(module: nn.Module, inputs: Sequence[Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def onnxruntime_call(graph: bytes, inputs: Sequence[Tensor], setting: Setting) -> Callable[[], Tensor]:
-    """A call that runs ``graph`` in onnxruntime, input and output bound to fixed memory."""
+def onnxruntime_call(graph: bytes | Path, inputs: Sequence[Tensor], setting: Setting) -> Callable[[], Tensor]:
+    """A call that runs ``graph`` (or the file) in onnxruntime, input and output bound to fixed memory."""
     ort = require("onnxruntime")
     options = ort.SessionOptions()
     options.intra_op_num_threads = setting.threads
@@ -44,7 +45,9 @@ def onnxruntime_call(graph: bytes, inputs: Sequence[Tensor], setting: Setting) -
     options.log_severity_level = 3
     # after a run, its threads would spin on and slow down the contender that comes next
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        graph if isinstance(graph, bytes) else str(graph), options, providers=["CPUExecutionProvider"]
+    )
     binding = session.io_binding()
     arrays = [numpy.ascontiguousarray(tensor.numpy()) for tensor in inputs]
     for meta, array in zip(session.get_inputs(), arrays, strict=True):
@@ -61,9 +64,14 @@ def onnxruntime_call(graph: bytes, inputs: Sequence[Tensor], setting: Setting) -
 
 
 def openvino_call(
-    graph: bytes, inputs: Sequence[Tensor], setting: Setting, *, precision: str = "f32", channels_last: bool = False
+    graph: bytes | Path,
+    inputs: Sequence[Tensor],
+    setting: Setting,
+    *,
+    precision: str = "f32",
+    channels_last: bool = False,
 ) -> Callable[[], Tensor]:
-    """A call that runs ``graph`` in OpenVINO, tuned for latency.
+    """A call that runs ``graph`` (or the file) in OpenVINO, tuned for latency.
 
     The precision is always stated, because the plugin takes bf16 by itself where the processor has it. With
     ``channels_last`` image and result are NHWC, which was faster in every single layer tried (less reordering).

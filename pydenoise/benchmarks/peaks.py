@@ -13,19 +13,24 @@ from pydenoise._native import extension
 
 COPY_SET_BYTES = (1 << 20, 12 << 20, 192 << 20)  # source plus destination: about L2, L3 and memory of common machines
 GPU_COPY_SET_BYTES = (1 << 30,)
+ARITHMETIC = {"fma_f32": torch.float32, "bf16_dot": torch.bfloat16, "vnni_dot": torch.int8}
 
 
 @dataclass
 class Peaks:
-    """FLOP/s in float32 and bfloat16, and bytes/s (read plus written) of a copy by working-set size in bytes."""
+    """FLOP/s in float32 and bfloat16, bytes/s (read plus written) of a copy by working-set size in bytes, int8 op/s.
+
+    An int8 multiply-add counts as two operations.
+    """
 
     fma_f32: float
     bf16_dot: float
     copy: dict[int, float]
     source: dict[str, str] = field(default_factory=dict)
+    vnni_dot: float = 0.0
 
     def flops(self, precision: str) -> float:
-        return self.bf16_dot if precision == "bf16" else self.fma_f32
+        return {"fp32": self.fma_f32, "bf16": self.bf16_dot, "int8": self.vnni_dot}[precision]
 
     def bandwidth(self, working_set: int) -> float:
         """Bytes/s of the smallest measured set that is at least as large as ``working_set`` (else of the largest).
@@ -42,7 +47,8 @@ class Peaks:
     def merged(self, other: "Peaks") -> "Peaks":
         """The better of two measurements: noise only ever lowers a peak."""
         copy = {size: max(rate, other.copy[size]) for size, rate in self.copy.items()}
-        return Peaks(max(self.fma_f32, other.fma_f32), max(self.bf16_dot, other.bf16_dot), copy, self.source)
+        best = {kind: max(getattr(self, kind), getattr(other, kind)) for kind in ARITHMETIC}
+        return Peaks(**best, copy=copy, source=self.source)
 
     def to_dict(self) -> dict:
         fields = asdict(self)
@@ -55,19 +61,22 @@ def measure_peaks(threads: int, device: str = "cpu", seconds: float = 0.3) -> Pe
     source = {"copy": "torch copy_, bytes read plus bytes written"}
     native = extension().module if device == "cpu" and extension().loaded else None
     rates = {}
-    for kind, dtype in (("fma_f32", torch.float32), ("bf16_dot", torch.bfloat16)):
-        if native is not None and hasattr(native, "measure_peak"):
+    for kind, dtype in ARITHMETIC.items():
+        if native is not None:
             rates[kind] = float(native.measure_peak(kind, seconds, threads))
-            source[kind] = "pydenoise._C.measure_peak: fused multiply-adds on registers, all threads"
+            source[kind] = "pydenoise._C.measure_peak: multiply-adds on registers, all threads"
         if not rates.get(kind):  # not built, or the processor has no such instruction
             rates[kind] = _matmul_rate(dtype, device, seconds)
             source[kind] = f"torch {dtype} matrix product (stand-in, below the peak)".replace("torch.", "")
     sizes = COPY_SET_BYTES if device == "cpu" else GPU_COPY_SET_BYTES
-    return Peaks(rates["fma_f32"], rates["bf16_dot"], {n: _copy_rate(n, device, seconds) for n in sizes}, source)
+    return Peaks(**rates, copy={n: _copy_rate(n, device, seconds) for n in sizes}, source=source)
 
 
 def _matmul_rate(dtype: torch.dtype, device: str, seconds: float) -> float:
     n = 1024 if device == "cpu" else 8192
+    if dtype == torch.int8:
+        a, b = (torch.randint(-128, 128, (n, n), device=device, dtype=dtype) for _ in range(2))
+        return 2 * n**3 / _best_seconds(lambda: torch._int_mm(a, b), device, seconds)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
     return 2 * n**3 / _best_seconds(lambda: torch.mm(a, b, out=out), device, seconds)

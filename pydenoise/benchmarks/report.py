@@ -51,8 +51,9 @@ def _print_machine(result: dict, console: Console) -> None:
     console.print(f"[bold]{result['suite']}[/bold]  {where}{load}", highlight=False)
     copies = ", ".join(f"{rate / 1e9:.0f} GB/s at {int(size) >> 20} MiB" for size, rate in peaks["copy"].items())
     arithmetic = f"fp32 {peaks['fma_f32'] / 1e9:.0f} GFLOP/s, bf16 {peaks['bf16_dot'] / 1e9:.0f} GFLOP/s"
-    console.print(f"peaks: {arithmetic}, copy {copies}", highlight=False)
-    for kind in ("fma_f32", "bf16_dot"):
+    int8 = f"int8 {peaks['vnni_dot'] / 1e9:.0f} GOP/s"
+    console.print(f"peaks: {arithmetic}, {int8}, copy {copies}", highlight=False)
+    for kind in ("fma_f32", "bf16_dot", "vnni_dot"):
         console.print(f"  {kind}: {peaks['source'][kind]}", style="dim", highlight=False)
 
 
@@ -123,11 +124,17 @@ def _bars_text(result: dict, record: dict, name: str) -> Text:
     for bar in record["bars"]:
         if bar["subject"] != name:
             continue
-        target = f"≥{bar['target']:.2f}×" if bar["kind"] == "speedup" else f"≤{seconds_text(bar['target'])}"
+        target = _target_text(bar["kind"], bar["target"])
         against = result["providers"][bar["against"]]["label"] if bar["against"] else ""
         line = f"{VERDICT_MARK[bar['verdict']]} {target} {against}".rstrip()
         text.append(("\n" if text else "") + line, style=VERDICT_STYLE[bar["verdict"]])
     return text
+
+
+def _target_text(kind: str, target: float) -> str:
+    if kind == "of floor":
+        return f"≥{target:.0%} of floor"
+    return f"≥{target:.2f}×" if kind == "speedup" else f"≤{seconds_text(target)}"
 
 
 def _print_noise(result: dict, console: Console) -> None:

@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from pydenoise.benchmarks import convolution, networks
+from pydenoise.benchmarks import convolution, int8_layers, networks, unet
 from pydenoise.benchmarks.cases import Bar, Case, network_cases, weighted_conv_cases
+from pydenoise.benchmarks.int8_cases import int8_cases
 from pydenoise.benchmarks.machine import describe_machine
 from pydenoise.benchmarks.measure import Timing, interleave, paired_difference, paired_ratio
 from pydenoise.benchmarks.peaks import Peaks, measure_peaks
 from pydenoise.benchmarks.providers import RESULT_BOUNDS, Contender, Provider, Setting, Skip, choose
+from pydenoise.benchmarks.unet_cases import unet_cases
 
 SCHEMA = 1
 CONTROL = "a/a"
@@ -31,6 +33,8 @@ class Suite:
 SUITES: dict[str, Suite] = {
     "weighted_conv": Suite("weighted_conv", weighted_conv_cases, convolution.PROVIDERS, convolution.expected_results),
     "networks": Suite("networks", network_cases, networks.PROVIDERS, networks.expected_results),
+    "int8-layers": Suite("int8-layers", int8_cases, int8_layers.PROVIDERS, int8_layers.expected_results),
+    "unet": Suite("unet", unet_cases, unet.PROVIDERS, unet.expected_results),
 }
 
 
@@ -143,18 +147,26 @@ def run_case(suite: Suite, case: Case, providers: Sequence[Provider], setting: S
 
 
 def check_results(outputs: dict, expected: dict, precision: str) -> dict:
-    """The largest error, relative to the largest value of each result, and whether it is small enough to count."""
-    errors = {}
+    """The largest error, relative to the largest value of each result, and whether it is small enough to count.
+
+    ``snr_db`` is that of the worst result: the power of the reference over that of the error.
+    """
+    errors, ratios = {}, {}
     for name, value in outputs.items():
         scale = max(part.abs().max().item() for _, part in expected[name])
+        signal = noise = 0.0
         for index, part in expected[name]:
             if value[index].shape != part.shape:
                 reason = f"{name} has shape {tuple(value[index].shape)}, expected {tuple(part.shape)}"
                 return {"status": "wrong", "reason": reason}
-            error = (value[index] - part).abs().max().item() / (scale or 1.0)
+            difference = value[index] - part
+            error = difference.abs().max().item() / (scale or 1.0)
             errors[name] = max(errors.get(name, 0.0), error if math.isfinite(error) else math.inf)
+            signal, noise = signal + part.square().sum().item(), noise + difference.square().sum().item()
+        if 0 < noise < math.inf and signal > 0:
+            ratios[name] = 10 * math.log10(signal / noise)
     worst = max(errors, key=errors.get)
-    state = {"errors": errors, "error": errors[worst]}
+    state = {"errors": errors, "error": errors[worst], "snr_db": min(ratios.values(), default=None)}
     if errors[worst] > RESULT_BOUNDS[precision]:
         bound = RESULT_BOUNDS[precision]
         return state | {"status": "wrong", "reason": f"{worst} is off by {errors[worst]:.1e} (bound {bound:.0e})"}
@@ -212,6 +224,18 @@ def judge(bar: Bar, subjects: Sequence[str], timings: dict[str, Timing]) -> list
     return verdicts
 
 
+def judge_floor(bar: Bar, states: dict[str, dict]) -> list[dict]:
+    """Verdicts on a fraction of the floor: undecided where the best sample reaches it and the median does not."""
+    verdicts = []
+    for subject in bar.subjects if bar.of_floor is not None else ():
+        state = states.get(subject, {})
+        if state.get("floor_fraction") is not None:
+            best = state["best_floor_fraction"]
+            verdict = _decide(state["floor_fraction"] >= bar.of_floor, best < bar.of_floor)
+            verdicts.append(_verdict(subject, None, "of floor", bar.of_floor, state["floor_fraction"], verdict))
+    return verdicts
+
+
 def _decide(met: bool, missed: bool) -> str:
     return "met" if met else "missed" if missed else "undecided"
 
@@ -228,9 +252,11 @@ def _verdict(subject, against, kind, target, measured, verdict) -> dict:
 
 
 def _add_floors(case: Case, record: dict, peaks: Peaks, precisions: dict[str, str]) -> None:
-    floors = {precision: case.floor_seconds(peaks, precision) for precision in ("fp32", "bf16")}
+    floors = {precision: case.floor_seconds(peaks, precision) for precision in set(precisions.values())}
     record["floor_s"] = floors
     for name, state in record["providers"].items():
         floor = floors[precisions[name]]
         timed = floor is not None and "timing" in state
         state["floor_fraction"] = floor / state["timing"]["median_s"] if timed else None
+        state["best_floor_fraction"] = floor / state["timing"]["min_s"] if timed else None
+    record["bars"] += [verdict for bar in case.bars for verdict in judge_floor(bar, record["providers"])]

@@ -122,7 +122,7 @@ def test_peaks_merge_to_the_better_measurement():
 def test_peaks_are_measured_and_say_where_they_come_from():
     peaks = measure_peaks(1, seconds=0.002)
     assert peaks.fma_f32 > 0 and peaks.bf16_dot > 0 and all(rate > 0 for rate in peaks.copy.values())
-    assert set(peaks.source) == {"fma_f32", "bf16_dot", "copy"}
+    assert set(peaks.source) == {"fma_f32", "bf16_dot", "vnni_dot", "copy"} and peaks.vnni_dot > 0
 
 
 def test_work_of_a_case_by_hand():
