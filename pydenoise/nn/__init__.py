@@ -6,9 +6,10 @@ from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
 from pydenoise.nn.int8_chain import Int8Chain
 from pydenoise.nn.int8_conv2d import Int8Conv2d
 from pydenoise.nn.int8_linear import Int8Linear
-from pydenoise.nn.int8_resnet import Int8ResnetBlock, ResnetSpec
+from pydenoise.nn.int8_resnet import Int8ResnetBlock
 from pydenoise.nn.int8_sampling import Int8Downsample2D, Int8Upsample2D
 from pydenoise.nn.int8_transformer import Int8Transformer2D, Int8TransformerBlock
+from pydenoise.nn.resnet_spec import ResnetSpec
 from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pydenoise.nn._int8 import Codes, Int8Layer, Norm, refuse_training
+from pydenoise.nn._frozen import Norm, refuse_training
+from pydenoise.nn._int8 import Codes, Int8Layer
 from pydenoise.nn._plans import Plans, Request, ask, keeps_float, label
 from pydenoise.nn.fused_conv import FusedConv2d
 from pydenoise.nn.int8_conv2d import Int8Conv2d, plain_conv

@@ -6,9 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from pydenoise.quantization import LayerStatistics, Scheme, quantize_weight, range_parameters, resolve_scheme
+from pydenoise.quantization import (
+    LayerPlan,
+    LayerStatistics,
+    Scheme,
+    plan_layer,
+    quantize_weight,
+    range_parameters,
+    resolve_scheme,
+)
 from pydenoise.quantization.observers import kind_of
-from pydenoise.quantization.plan import LayerPlan, plan_layer
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydenoise.nn._blocks import (
     linear_layer,
     run_linear,
 )
-from pydenoise.nn._int8 import Norm
+from pydenoise.nn._frozen import Norm
 from pydenoise.nn._plans import Plans
 from pydenoise.nn.int8_linear import joined
 

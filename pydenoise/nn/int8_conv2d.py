@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pydenoise.nn import _int8
+from pydenoise.nn._frozen import refuse_training
 from pydenoise.nn._int8 import Codes, Int8Layer
 from pydenoise.nn._plans import Choice, plan_of
 from pydenoise.nn.fused_conv import FusedConv2d
@@ -90,7 +91,7 @@ class Int8Conv2d(Int8Layer):
         Returns:
             [N, C_out, H_out, W_out] in channels_last memory. No gradients.
         """
-        _int8.refuse_training(self)
+        refuse_training(self)
         codes, scale, zero_point = self._input_codes(input)
         if out_dtype is None:
             out_dtype = torch.float32 if isinstance(input, tuple) else input.dtype

@@ -17,7 +17,8 @@ from pydenoise.nn._blocks import (
     linear_layer,
     run_linear,
 )
-from pydenoise.nn._int8 import Codes, Int8Layer, Norm
+from pydenoise.nn._frozen import Norm
+from pydenoise.nn._int8 import Codes, Int8Layer
 from pydenoise.nn._plans import Plans, Within
 from pydenoise.nn.int8_attention import attend, check_attention
 from pydenoise.nn.int8_linear import Int8Linear, joined
