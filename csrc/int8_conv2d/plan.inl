@@ -113,11 +113,15 @@ void share_out(const ConvParams& p, Plan& plan) {
     const auto ranges = [&] { return max64(1, min64(plan.blocks, ceil_div(wanted, max64(1, count_strips(p, plan))))); };
     const bool heavy = plan.taps * p.out_channels > p.rows.out_size * p.columns.out_size;
     plan.chunks = heavy ? ranges() : 1;
+    const int64_t across = ceil_div(p.columns.out_size, plan.columns);
+    const int64_t bands = ceil_div(wanted, p.batch * p.groups * across * plan.chunks);
     const int64_t halo = (p.rows.kernel - 1) * p.rows.dilation / p.rows.step;
-    const int64_t lowest = max64(1, min64(plan.rows, 2 * halo)), narrowest = 4 * kTile;
-    while (plan.rows > lowest && count_strips(p, plan) * plan.chunks < wanted) plan.rows = max64(lowest, plan.rows / 2);
-    while (p.rows.out_size == 1 && plan.columns > narrowest && count_strips(p, plan) * plan.chunks < wanted)
-        plan.columns = max64(narrowest, plan.columns / 2);
+    const int64_t lowest = max64(1, min64(plan.rows, 2 * halo));
+    plan.rows = max64(lowest, min64(plan.rows, ceil_div(p.rows.out_size, bands)));
+    if (p.rows.out_size == 1) {  // tokens
+        const int64_t part = ceil_div(p.columns.out_size, ceil_div(wanted, p.batch * p.groups * plan.chunks));
+        plan.columns = min64(plan.columns, max64(4 * kTile, round_up(part, kTile)));
+    }
     if (!heavy) plan.chunks = ranges();
     count_strips(p, plan);
     plan.rows = ceil_div(p.rows.out_size, plan.strips_down);  // of equal size

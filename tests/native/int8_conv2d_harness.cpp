@@ -3,6 +3,7 @@
 //   ./harness                                 all cases against a plain loop; exit 1 on a failure
 //   ./harness time [THREADS]                  int8 layers of U-Nets: operations per second, fraction of the peak
 //   ./harness time THREADS IN OUT HEIGHT WIDTH KERNEL BATCH
+//   ./harness cold ...                        the same with other weights every time, more than caches hold
 // With -mavx2 -mfma -mf16c -mavxvnni -DPDN_EVEX_VNNI the kernels of AVX-VNNI run on AVX-512 processors without it.
 #include <time.h>
 
@@ -539,7 +540,7 @@ struct Layer {
     Activation activation = Activation::none;
 };
 
-void time_layer(const Layer& l, int threads, Team& team) {
+void time_layer(const Layer& l, int threads, Team& team, bool cold) {
     const Side rows = {l.height, l.kernel, l.stride, l.kernel / 2},
                columns = {l.width, l.kernel, l.stride, l.kernel / 2};
     Case c = {"timing", {l.batch, 1, l.in, l.out}, rows, columns, {.out = l.dtype, .zero = 3}};
@@ -548,6 +549,8 @@ void time_layer(const Layer& l, int threads, Team& team) {
     c.with.threads = threads;
     Problem q(c, kDense);
     kDense.pack(q.p, q.weight.data(), q.packed.data(), 0, kDense.pack_items(q.p));
+    const size_t copies = cold ? (96u << 20) / q.packed.size() + 1 : 1;
+    const std::vector<Values<char>> weights(copies, q.packed);
     std::vector<Values<char>> scratch(static_cast<size_t>(threads), q.scratch);
     const int64_t items = q.p.plan.items;
     std::atomic<int64_t> next{0};
@@ -564,6 +567,7 @@ void time_layer(const Layer& l, int threads, Team& team) {
         if (i % 8 == 0) peak = std::max(peak, burst(8000));
         call = next_call++;
         next = 0;
+        q.p.packed = weights[static_cast<size_t>(i) % copies].data();
         const double start = seconds(threads);
         team.run(share);
         best = std::min(best, seconds(threads) - start);
@@ -593,17 +597,18 @@ const Layer kLayers[] = {
 
 int main(int count, char** words) {
     if (count == 1) return check();
-    if (std::strcmp(words[1], "time") == 0 && (count <= 3 || count == 9)) {
+    const bool cold = std::strcmp(words[1], "cold") == 0;
+    if ((cold || std::strcmp(words[1], "time") == 0) && (count <= 3 || count == 9)) {
         const int threads = count > 2 ? std::max(1, std::atoi(words[2])) : 1;
         Team team(threads);
         if (count == 9) {
             const auto number = [&](int i) { return std::atoll(words[i]); };
-            time_layer({number(3), number(4), number(5), number(6), number(7), number(8)}, threads, team);
+            time_layer({number(3), number(4), number(5), number(6), number(7), number(8)}, threads, team, cold);
             return 0;
         }
-        for (const Layer& layer : kLayers) time_layer(layer, threads, team);
+        for (const Layer& layer : kLayers) time_layer(layer, threads, team, cold);
         return 0;
     }
-    std::fprintf(stderr, "usage: %s | %s time [THREADS [IN OUT HEIGHT WIDTH KERNEL BATCH]]\n", words[0], words[0]);
+    std::fprintf(stderr, "usage: %s | %s time|cold [THREADS [IN OUT HEIGHT WIDTH KERNEL BATCH]]\n", words[0], words[0]);
     return 2;
 }
