@@ -132,7 +132,8 @@ void conv2d(const Tensor& input, const Tensor& weight, const Tensor& input_scale
     STD_TORCH_CHECK(p.groups > 0 && p.in_channels % p.groups == 0 && p.out_channels % p.groups == 0,
                     "groups: not a divisor of the channels");
     STD_TORCH_CHECK(weight.size(3) * p.groups == p.in_channels, "weight: wrong number of channels");
-    p.in_stride_n = input.stride(0), p.in_stride_h = input.stride(1), p.in_stride_w = input.stride(2);
+    const auto stride = [&input](int64_t axis) { return input.size(axis) > 1 ? input.stride(axis) : 0; };
+    p.in_stride_n = stride(0), p.in_stride_h = stride(1), p.in_stride_w = stride(2);
     set_tensors(p, input, weight, input_scale, weight_scale, zero_point, bias, channel_bias, film, residual, out_scale,
                 out_zero_point, output, input.size(0) * input.size(1) * input.size(2));
     launch_conv(p, input);
@@ -150,7 +151,7 @@ void linear(const Tensor& input, const Tensor& weight, const Tensor& input_scale
     p.in_w = p.out_w = narrow("input", input.size(0));
     p.in_channels = narrow("input", input.size(1)), p.out_channels = narrow("weight", weight.size(0));
     p.activation = static_cast<int>(activation);
-    p.in_stride_w = input.stride(0);
+    p.in_stride_w = input.size(0) > 1 ? input.stride(0) : 0;
     set_tensors(p, input, weight, input_scale, weight_scale, zero_point, bias, {}, {}, residual, out_scale,
                 out_zero_point, output, input.size(0));
     launch_conv(p, input);

@@ -39,6 +39,7 @@ constexpr bool kHopperCode = false;
 #endif
 constexpr double kBlockClocks = 2500;   // of a block besides its depth loop
 constexpr double kReduceClocks = 4000;  // of a second launch
+constexpr double kLone = 0.65;          // a block alone leaves gaps: it takes this share of the time of a full house
 constexpr int kMaxSplits = 16, kMinSplitBlocks = 4;
 
 bool aligned(const void* pointer, int64_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
@@ -68,7 +69,8 @@ double cut(const Problem& p, const Device& device, const Candidate& c, Plan& pla
         const double in_turn =
             static_cast<double>(divide_up(static_cast<int64_t>(tiles * splits), device.multiprocessors));
         const double waves = tiles * splits <= slots ? 1 : tiles * splits / slots + 0.5;
-        const double sharing = in_turn < c.resident ? in_turn : c.resident;
+        const double together = in_turn < c.resident ? in_turn : c.resident;
+        const double sharing = together > kLone * c.resident ? together : kLone * c.resident;
         double clocks = waves * (static_cast<double>(depth) * block_clocks * sharing + kBlockClocks);
         if (splits > 1) {
             const double bytes = 8.0 * splits * plan.rows * p.out_channels;  // written and read

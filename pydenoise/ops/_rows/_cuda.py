@@ -53,6 +53,19 @@ def as_image(tensor: Tensor) -> Tensor:
     return tensor.permute(0, 3, 1, 2)
 
 
+def codes_for_copies(codes: Tensor, per_group: int) -> Tensor:
+    """int8 [..., C] with adjacent channels: itself, or a copy.
+
+    Also a copy where a group's channels are a multiple of the 16 bytes that the tensor-core kernels move at a time, but
+    lie at other addresses (a slice of channels, say): their rate is worth more.
+    """
+    if codes.stride(-1) == 1 or codes.shape[-1] == 1:
+        apart = any(n > 1 and s % 16 for n, s in zip(codes.shape[:-1], codes.stride(), strict=False))
+        if per_group % 16 or not (apart or codes.data_ptr() % 16):
+            return codes
+    return codes.clone(memory_format=torch.contiguous_format)
+
+
 def dense(tensor: Tensor | None) -> Tensor | None:
     """``tensor`` itself if it is row-major, else a copy that is."""
     return None if tensor is None else tensor.contiguous()

@@ -23,11 +23,6 @@ def _unsupported(
     return _cuda.too_many(input.shape[0] * height * width, "output pixels")
 
 
-def _adjacent_channels(tensor: Tensor) -> Tensor:
-    """[N, H, W, C] with channel stride 1: itself, or a copy."""
-    return tensor if tensor.stride(3) == 1 or tensor.shape[3] == 1 else tensor.contiguous()
-
-
 def _run(
     input, weight, input_scale, weight_scale, input_zero_point, bias, stride, padding, dilation, groups, channel_bias,
     film, residual, activation, out_dtype, out_scale, out_zero_point, upsample,
@@ -35,7 +30,7 @@ def _run(
     height, width = _size(input, weight, stride, padding, dilation, upsample)
     output = input.new_empty((input.shape[0], height, width, weight.shape[0]), dtype=out_dtype)
     torch.ops.pydenoise.int8_conv2d_cuda.default(
-        _adjacent_channels(_cuda.channels_inside(input)),
+        _cuda.codes_for_copies(_cuda.channels_inside(input), weight.shape[1]),
         _cuda.channels_inside(weight).contiguous(),  # no copy if the weight is kept in channels_last memory
         _cuda.dense(input_scale),
         weight_scale,

@@ -17,9 +17,7 @@ def _run(
     input, weight, input_scale, weight_scale, input_zero_point, bias, residual, activation, out_dtype, out_scale,
     out_zero_point,
 ) -> Tensor:  # fmt: skip
-    tokens = input.reshape(prod(input.shape[:-1]), input.shape[-1])
-    if tokens.stride(1) != 1 and tokens.shape[1] != 1:
-        tokens = tokens.contiguous()
+    tokens = _cuda.codes_for_copies(input.reshape(prod(input.shape[:-1]), input.shape[-1]), weight.shape[1])
     output = input.new_empty((*input.shape[:-1], weight.shape[0]), dtype=out_dtype)
     torch.ops.pydenoise.int8_linear_cuda.default(
         tokens,
