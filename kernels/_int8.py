@@ -134,18 +134,38 @@ def finish(acc, row_scale, weight_scale, bias, channel_bias, film, residual, out
 # ----------------------------------------------------------------------------------------------------- sums of weights
 
 
-@triton.jit(do_not_specialize=("rows", "tune"))
-def weight_sums_kernel(weight, sums, rows, columns, tune, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sums[row] = sum of weight[row, :], exact; the weight is dense."""
+DIGITS = tl.constexpr(4)  # base 256, of the share of the zero point
+_TAPS = 32  # a row of digits is padded to a multiple of these: the depth of one int8 product
+
+
+@triton.jit(do_not_specialize=("rows", "taps", "padded", "tune"))
+def weight_sums_kernel(
+    weight, zero_point, sums, rows, columns, taps, padded, tune,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """sums[row] = sum of weight[row, :], exact; the weight is dense.
+
+    With a zero point: the base-256 digits of -zero_point * sum instead, balanced and as int8, [digit, channel, tap
+    padded with zeros]; the rows are then pairs (channel, padded tap).
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    row_ok = row < rows
+    tap = row % padded
+    at = (row // padded * taps + tap) * columns
+    row_ok = (row < rows) & (tap < taps)
     c = tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_R,), tl.int32)
     for start in range(0, columns, BLOCK_C):
         mask = row_ok[:, None] & (start + c < columns)[None, :]
-        w = tl.load(weight + (row * columns)[:, None] + (start + c)[None, :], mask=mask, other=0)
+        w = tl.load(weight + at[:, None] + (start + c)[None, :], mask=mask, other=0)
         total += tl.sum(w.to(tl.int32), 1)
-    tl.store(sums + row, total, mask=row_ok)
+    if zero_point is None:
+        tl.store(sums + row, total, mask=row_ok)
+    else:
+        total *= -tl.load(zero_point)
+        for digit in tl.static_range(DIGITS):
+            value = total.to(tl.int8)  # the lowest byte, as a signed one
+            tl.store(sums + digit * rows.to(tl.int64) + row, value, mask=row < rows)
+            total = (total - value.to(tl.int32)) >> 8
 
 
 WEIGHT_SUMS = Kernel(
@@ -157,11 +177,17 @@ WEIGHT_SUMS = Kernel(
 )
 
 
-def plan_weight_sums(weight: Tensor) -> tuple[Tensor, list[Launch]]:
-    """(int32 sums over the last dim of dense ``weight``, the one launch that writes them)."""
-    sums = torch.empty(weight.shape[:-1], dtype=torch.int32, device=weight.device)
-    rows = sums.numel()
+def plan_weight_sums(weight: Tensor, zero_point: Tensor | None = None) -> tuple[Tensor, list[Launch]]:
+    """What :func:`weight_sums_kernel` makes of dense ``weight`` [channels, taps, columns], and the one launch."""
+    channels, taps, columns = weight.shape
+    padded = taps if zero_point is None else -(-taps // _TAPS) * _TAPS
+    if zero_point is None:
+        sums = torch.empty((channels, taps), dtype=torch.int32, device=weight.device)
+    else:
+        sums = torch.empty((DIGITS.value, channels, padded), dtype=torch.int8, device=weight.device)
+    rows = channels * padded
     arguments = {
-        "weight": weight, "sums": sums, "rows": rows, "columns": weight.shape[-1], "tune": rows.bit_length(),
+        "weight": weight, "zero_point": zero_point, "sums": sums, "rows": rows, "columns": columns, "taps": taps,
+        "padded": padded, "tune": rows.bit_length(),
     }  # fmt: skip
     return sums, [Launch(WEIGHT_SUMS, arguments, lambda meta: (triton.cdiv(rows, meta["BLOCK_R"]),))]

@@ -33,12 +33,13 @@ def interpreting() -> bool:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with one set of tile sizes."""
+    """One kernel with one set of tile sizes; GPUs below compute capability ``least`` would spill registers."""
 
     kernel: str
     meta: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
+    least: int = 80
 
     @property
     def name(self) -> str:
@@ -50,10 +51,22 @@ class Variant:
 
 
 def variants(kernel: str, names: tuple[str, ...], rows: Sequence[tuple]) -> tuple[Variant, ...]:
-    """One variant per row: its block sizes, warps and stages."""
-    return tuple(
-        Variant(kernel, tuple(zip(names, blocks, strict=True)), warps, stages) for *blocks, warps, stages in rows
-    )
+    """One variant per row: its block sizes, warps, stages, and the least compute capability if it is not 80."""
+    count = len(names)
+    return tuple(Variant(kernel, tuple(zip(names, row[:count], strict=True)), *row[count:]) for row in rows)
+
+
+def _device(arguments: dict) -> torch.device:
+    return next(value.device for value in arguments.values() if isinstance(value, Tensor))
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Compute capability, 90 for 9.0; without a GPU the tiles of the smallest are as good as any."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +95,8 @@ class Kernel:
             blocks = dict(variant.meta)
             return math.prod(-(-extent // blocks[axis]) * blocks[axis] for axis, extent in extents.items())
 
-        able = self.variants
+        capability = _capability(_device(arguments))
+        able = [v for v in self.variants if v.least <= capability]
         if self.whole and arguments["WHOLE"]:
             able = [v for v in able if dict(v.meta)[self.whole] >= extents[self.whole]]
         least = min(map(padded, able))
@@ -126,7 +140,7 @@ class Launch:
 
     @property
     def device(self) -> torch.device:
-        return next(value.device for value in self.arguments.values() if isinstance(value, Tensor))
+        return _device(self.arguments)
 
     def run(self, config: triton.Config | None = None) -> None:
         """Launch with ``config``, or with the tuned one.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from pydenoise.kernels._int8 import WEIGHT_SUMS, finish, plan_weight_sums
+from pydenoise.kernels._int8 import DIGITS, WEIGHT_SUMS, finish, plan_weight_sums
 from pydenoise.kernels._tiles import Kernel, Launch, variants
 from torch import Tensor
 
@@ -53,27 +53,24 @@ def _source(h, w, in_h, in_w, UPSAMPLE: tl.constexpr):
 
 
 @triton.jit
-def _minus_share(acc, sums, zero_point, channel, channel_ok, from_h, from_w, in_h, in_w, dilation_h, dilation_w,
+def _minus_share(acc, digits, channel, channel_ok, channels, from_h, from_w, in_h, in_w, dilation_h, dilation_w,
                  taps_h, taps_w):  # fmt: skip
     """``acc`` (zeros) minus zero_point times the sums of the weights of the taps inside the image."""
     taps = taps_h * taps_w
-    minus = -tl.load(zero_point)
+    padded = tl.cdiv(taps, 32) * 32
     t = tl.arange(0, 32)
-    sums_tile = (sums + channel.to(tl.int64) * taps)[None, :] + t[:, None]
-    for digit in tl.static_range(4):  # from the highest; balanced, so that each fits int8
+    for digit in tl.static_range(DIGITS):  # from the highest
         acc = acc * 256
+        row = (DIGITS - 1 - digit) * channels + channel
+        tile = (digits + row.to(tl.int64) * padded)[None, :] + t[:, None]
         for start in tl.range(0, taps, 32, num_stages=1):
             j_h = (start + t) // taps_w
             j_w = (start + t) - j_h * taps_w
             h = from_h[:, None] + (j_h * dilation_h)[None, :]
             w = from_w[:, None] + (j_w * dilation_w)[None, :]
             inside = (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-            value = minus * tl.load(
-                sums_tile + start, mask=(start + t < taps)[:, None] & channel_ok[None, :], other=0
-            )  # fmt: skip
-            for _ in tl.static_range(3 - digit):
-                value = (value - value.to(tl.int8).to(tl.int32)) >> 8
-            acc = tl.dot(inside.to(tl.int8), value.to(tl.int8), acc, out_dtype=tl.int32)
+            value = tl.load(tile + start, mask=channel_ok[None, :], other=0)
+            acc = tl.dot(inside.to(tl.int8), value, acc, out_dtype=tl.int32)
     return acc
 
 
@@ -110,10 +107,10 @@ def conv_kernel(
 ):  # fmt: skip
     """One [BLOCK_M pixels, BLOCK_O channels] tile of one group.
 
-    x has channel stride 1, weight is [out channel, tap, channel], sums [out channel, tap]; channel counts are per
-    group; in_h, in_w are the sizes after upsampling. GATHER unfolds (tap, channel) into one axis, for few channels;
-    without it, the loop runs over taps and blocks of BLOCK_K channels. RAW stores the accumulators. ``tune`` is read
-    by the autotuner only.
+    x has channel stride 1, weight is [out channel, tap, channel], sums as weight_sums_kernel makes them for SHARE;
+    channel counts are per group; in_h, in_w are the sizes after upsampling. GATHER unfolds (tap, channel) into one
+    axis, for few channels; without it, the loop runs over taps and blocks of BLOCK_K channels. RAW stores the
+    accumulators. ``tune`` is read by the autotuner only.
     """
     # Neighbouring programs share their input pixels: channel tiles are the fastest axis, then groups.
     tiles_o = tl.cdiv(out_channels, BLOCK_O)
@@ -134,8 +131,8 @@ def conv_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_O), tl.int32)
 
     if SHARE == "digits":
-        acc = _minus_share(acc, sums, zero_point, channel, o_ok, from_h, from_w, in_h, in_w, dilation_h, dilation_w,
-                           taps_h, taps_w)  # fmt: skip
+        acc = _minus_share(acc, sums, channel, o_ok, groups * out_channels, from_h, from_w, in_h, in_w, dilation_h,
+                           dilation_w, taps_h, taps_w)  # fmt: skip
     if GATHER:
         depth = taps * in_channels
         for start in range(0, depth, BLOCK_K):
@@ -329,13 +326,14 @@ CONV = Kernel(
     conv_kernel,
     variants("int8_conv", _NAMES, [
         (128, 128, 128, 8, 3),
-        (128, 128, 64, 4, 4),
-        (128, 256, 128, 8, 3),
-        (256, 128, 64, 8, 4),
-        (64, 128, 128, 4, 4),
-        (128, 64, 64, 4, 4),
+        (128, 256, 128, 8, 3, 90),
+        (128, 128, 64, 8, 4),
+        (64, 256, 128, 8, 3),
+        (128, 64, 128, 8, 3),
+        (64, 128, 128, 8, 3),
         (64, 64, 128, 4, 4),
-        (64, 32, 64, 4, 4),
+        (64, 32, 128, 4, 4),
+        (128, 32, 64, 4, 4),
         (128, 16, 64, 4, 4),
         (128, 32, 32, 4, 4),
     ]),
@@ -362,11 +360,11 @@ CONV_PIXEL = Kernel(  # two accumulators, so smaller tiles
     "int8_conv_pixel",
     pixel_conv_kernel,
     variants("int8_conv_pixel", _NAMES, [
-        (128, 64, 128, 8, 3),
-        (128, 128, 64, 8, 3),
         (64, 128, 128, 8, 3),
-        (64, 64, 64, 4, 4),
+        (128, 64, 128, 8, 3, 90),
         (128, 64, 64, 8, 3),
+        (64, 128, 64, 8, 3),
+        (64, 64, 64, 4, 4),
         (64, 32, 64, 4, 3),
         (64, 16, 32, 4, 3),
     ]),
@@ -476,18 +474,19 @@ def plan(
         return [_depthwise_launch({**arguments, "PER_PIXEL": per_pixel, "RAW": raw}, weight, multiplier)]
     # As [out channel, tap, channel]: a view of a weight in channels_last memory or with one tap, else a copy per call.
     rows = weight.permute(0, 2, 3, 1).contiguous().view(channels, -1, group_channels)
-    sums, before = (None, []) if input_zero_point is None else plan_weight_sums(rows)
+    gather = group_channels < _LEAST_CHANNELS and not per_pixel
+    share = "" if input_zero_point is None or per_pixel else _share(geometry, rows[0].numel())
+    sums, before = None, []
+    if input_zero_point is not None:
+        sums, before = plan_weight_sums(rows, input_zero_point if share == "digits" else None)
     out_channels = channels // groups
     arguments |= {
         "weight": rows, "sums": sums, "groups": groups, "in_channels": group_channels, "out_channels": out_channels,
         "w_tap": group_channels, "w_out": rows[0].numel(),
     }  # fmt: skip
-    kernel = CONV_PIXEL
     if not per_pixel:
-        gather = group_channels < _LEAST_CHANNELS
-        kernel = CONV_GATHER if gather else CONV
-        share = "" if sums is None else _share(geometry, rows[0].numel())
         arguments |= {"GATHER": gather, "SHARE": share, "RAW": raw}
+    kernel = CONV_PIXEL if per_pixel else CONV_GATHER if gather else CONV
 
     def grid(meta):
         tiles = triton.cdiv(geometry["pixels"], meta["BLOCK_M"]) * triton.cdiv(out_channels, meta["BLOCK_O"])

@@ -71,9 +71,8 @@ LINEAR = Kernel(
     linear_kernel,
     variants("int8_linear", ("BLOCK_M", "BLOCK_O", "BLOCK_K"), [
         (128, 128, 128, 8, 3),
-        (128, 256, 128, 8, 3),
-        (256, 128, 128, 8, 3),
-        (128, 128, 64, 4, 4),
+        (128, 256, 128, 8, 3, 90),
+        (128, 128, 64, 8, 4),
         (64, 128, 128, 4, 4),
         (64, 64, 128, 4, 4),
         (128, 32, 64, 4, 4),
@@ -105,7 +104,7 @@ def plan(
     weight = weight.contiguous()
     sums, before = None, []
     if input_zero_point is not None and rows > _FEW_ROWS:
-        sums, before = plan_weight_sums(weight)
+        sums, before = plan_weight_sums(weight.view(channels, 1, depth))
     arguments = {
         "x": input.contiguous(), "weight": weight, "sums": sums, "input_scale": input_scale.contiguous(),
         "zero_point": None if input_zero_point is None else input_zero_point.contiguous(),

@@ -3,10 +3,11 @@
     python tests/aot/triton_budget.py [--arch 90] [--kernel conv] [--jobs 2] [--write]
 
 Every variant is compiled in its dtypes for each architecture, with the arguments that the launcher itself makes for a
-typical layer. Checked: matrix products in fp16, bf16 and tf32 use the tensor-core instruction of the architecture,
-nothing spills, and registers and shared memory stay within ``triton_budget.json``. Code generation differs between
-versions of Triton, so the budget is kept per version; a version without one is held to the limits of the hardware only.
-``--write`` records what was found, plus a margin, as this version's budget. Exits with 1 on a violation.
+typical layer (``triton_layers.py``). Checked: matrix products in fp16, bf16, tf32 and int8 use the tensor-core
+instruction of the architecture, nothing spills, and registers and shared memory stay within ``triton_budget.json``.
+Code generation differs between versions of Triton, so the budget is kept per version; a version without one is held to
+the limits of the hardware only. ``--write`` records what was found, plus a margin, as this version's budget. Exits with
+1 on a violation.
 """
 
 import argparse
@@ -25,10 +26,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # read when the kernels are decorated
 
 import torch
 import triton
-from pydenoise.kernels import weighted_conv as wc
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
+from triton_layers import FAMILIES, Family, Problem
 
 BUDGET = Path(__file__).with_suffix(".json")
 CUOBJDUMP = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
@@ -36,21 +37,50 @@ ARCHITECTURES = (80, 90, 100)
 MAX_REGISTERS = 255
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes per block
 REGISTER_MARGIN = 8  # ptxas moves by a few registers with any change
-TENSOR_CORE = {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma|\bmma\.sync"}
+TENSOR_CORE = {
+    "float": {80: r"\bmma\.sync", 90: r"\bwgmma\.mma_async", 100: r"\btcgen05\.mma|\bmma\.sync"},
+    "int8": {
+        80: r"\bmma\.sync\S*\.s8\.s8",
+        90: r"\bwgmma\.mma_async\S*\.s8\.s8",
+        100: r"\btcgen05\.mma\S*kind::i8|\bmma\.sync\S*\.s8\.s8",
+    },
+}
 WARPGROUP_ROWS = 64  # wgmma multiplies 64 rows at a time; a tile with fewer is left to mma.sync
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
+    torch.int8: "*i8", torch.int32: "*i32",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Job:
-    variant: wc.Variant
-    dtype: torch.dtype
+    family: int  # place in FAMILIES
+    variant: int  # place in the family's variants
+    problem: Problem
     arch: int
-    problem: str
+
+    @property
+    def rules(self) -> Family:
+        return FAMILIES[self.family]
+
+    @property
+    def tile(self):
+        """The variant: a kernel's name and its tile sizes."""
+        return self.rules.variants[self.variant]
 
     @property
     def name(self) -> str:
-        return f"{self.variant.name}/{self.problem}/{str(self.dtype).removeprefix('torch.')}/sm_{self.arch}"
+        problem, dtype = self.problem
+        return f"{self.tile.name}/{problem}/{str(dtype).removeprefix('torch.')}/sm_{self.arch}"
+
+    @property
+    def instruction(self) -> str | None:
+        """Pattern of the tensor-core instruction that the job is meant to compile to, ``None`` if none."""
+        dtype = self.rules.products(self.tile)
+        if dtype is None:
+            return None
+        few = self.arch == 90 and self.rules.rows(self.tile) < WARPGROUP_ROWS
+        return TENSOR_CORE[dtype][80 if few else self.arch]
 
 
 @dataclass(frozen=True)
@@ -61,62 +91,19 @@ class Result:
     tensor_core: bool
 
 
-def launches(variant: wc.Variant, dtype: torch.dtype, problem: str) -> list[wc.Launch]:
-    """The launches of a typical layer, on tensors without storage. ``problem`` is its kind and its form."""
-    kind, form = problem.split("-")
-    channels, outputs = {"skinny": (3, 64), "depthwise": (96, 96)}.get(kind, (128, 128))
-    groups = channels if kind == "depthwise" else 1
-    stride = 2 if kind == "strided" else 1
-    dims, size = {"1d": (1, 4096), "2d": (2, 64), "3d": (3, 32), "wide": (2, 40000)}[form]
-    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "relu"}[form]
-
-    def image(count: int, size: int) -> torch.Tensor:
-        order = (0, dims + 1, *range(1, dims + 1))
-        return torch.empty(4, *(size,) * dims, count, dtype=dtype, device="meta").permute(order)
-
-    x, y = image(channels, size), image(outputs, size // stride)
-    weight = torch.empty(outputs, channels // groups, *(3,) * dims, dtype=dtype, device="meta")
-    density, bias = torch.empty_like(weight[0, 0]), torch.empty_like(weight[:, 0].flatten(1)[:, 0])
-    geometry = ((stride,) * dims, (1, 1) * dims, (1,) * dims, groups)
-    if variant.kernel in ("weight_gradient", "depthwise_weight_gradient", "reduce"):
-        parts = torch.empty(wc.density_parts(weight), density.numel(), dtype=torch.float64, device="meta")
-        return wc.plan_weight_gradient(y, x, weight, density, torch.empty_like(weight), parts, *geometry)
-    if kind == "strided":
-        return wc.plan_input_gradient(y, weight, density, x, *geometry)[:1]
-    return wc.plan_forward(x, weight, density, bias, image(outputs, size), y, *geometry, activation)
-
-
-def problems(variant: wc.Variant, arch: int) -> tuple[str, ...]:
-    """Layers on which a variant is compiled; the first tile of each kernel takes the rarer paths too."""
-    kind = {"conv_unfold": "skinny"}.get(variant.kernel, "depthwise" if "depthwise" in variant.kernel else "plain")
-    found = [f"{kind}-2d"]
-    if is_first(variant) and variant.kernel == "conv":
-        found.append("strided-2d")
-    if is_first(variant) and variant.kernel != "reduce" and arch == 90:
-        found += [f"{kind}-{form}" for form in ("1d", "3d", "wide")]
-    return tuple(found)
-
-
-def is_first(variant: wc.Variant) -> bool:
-    return variant is next(v for v in wc.VARIANTS if (v.kernel, v.precision) == (variant.kernel, variant.precision))
-
-
 def jobs() -> list[Job]:
-    """Everything to compile. bfloat16 stands for both half formats, but for one tile of each kernel."""
+    """Everything to compile."""
     return [
-        Job(variant, dtype, arch, problem)
-        for variant in wc.VARIANTS
+        Job(place, number, problem, arch)
+        for place, family in enumerate(FAMILIES)
+        for number, variant in enumerate(family.variants)
         for arch in ARCHITECTURES
-        for problem in problems(variant, arch)
-        for dtype in variant.dtypes
-        if dtype != torch.float16 or (is_first(variant) and problem.endswith("2d"))
+        for problem in family.problems(variant, arch)
     ]
 
 
-def source(launch: wc.Launch, variant: wc.Variant) -> ASTSource:
-    """What the just-in-time compiler would make of ``launch``: the same types, constants and alignments."""
-    kernel = wc.KERNELS[launch.kernel]
-    values = {**launch.arguments, **dict(variant.meta)}
+def source(kernel: triton.JITFunction, values: dict) -> ASTSource:
+    """What the just-in-time compiler would make of a launch: the same types, constants and alignments."""
     signature, constants, attributes = {}, {}, {}
     for position, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
@@ -126,6 +113,8 @@ def source(launch: wc.Launch, variant: wc.Variant) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if specialise and value % 16 == 0:
@@ -133,22 +122,14 @@ def source(launch: wc.Launch, variant: wc.Variant) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def instruction(job: Job) -> str:
-    """Pattern of the tensor-core instruction that ``job`` is meant to compile to."""
-    blocks = dict(job.variant.meta)
-    rows = blocks["BLOCK_O"] if job.variant.kernel == "weight_gradient" or blocks["WEIGHT_LEFT"] else blocks["BLOCK_M"]
-    return TENSOR_CORE[80 if job.arch == 90 and rows < WARPGROUP_ROWS else job.arch]
-
-
 def compile_job(job: Job) -> Result:
-    precision = {"tf32": "high"}.get(job.variant.precision, "highest")
-    torch.set_float32_matmul_precision(precision)
-    launch = next(item for item in launches(job.variant, job.dtype, job.problem) if item.kernel == job.variant.kernel)
-    options = {"num_warps": job.variant.num_warps, "num_stages": job.variant.num_stages}
-    compiled = triton.compile(source(launch, job.variant), target=GPUTarget("cuda", job.arch, 32), options=options)
+    tile = job.tile
+    values = {**job.rules.arguments(tile, job.problem), **dict(tile.meta)}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    made = source(job.rules.functions[tile.kernel], values)
+    compiled = triton.compile(made, target=GPUTarget("cuda", job.arch, 32), options=options)
     registers, spills = resource_usage(compiled.asm["cubin"])
-    matrix = job.variant.kernel in wc.MATRIX_KERNELS
-    tensor_core = matrix and bool(re.search(instruction(job), compiled.asm["ptx"]))
+    tensor_core = job.instruction is not None and bool(re.search(job.instruction, compiled.asm["ptx"]))
     return Result(registers, spills, compiled.metadata.shared, tensor_core)
 
 
@@ -166,8 +147,8 @@ def violations(job: Job, result: Result, budget: dict[str, dict[str, int]]) -> l
     found = []
     if result.spills:
         found.append(f"spills {result.spills} bytes")
-    if job.variant.kernel in wc.MATRIX_KERNELS and job.variant.precision != "fp32" and not result.tensor_core:
-        found.append(f"no tensor-core instruction ({instruction(job)}) in the PTX")
+    if job.instruction is not None and not result.tensor_core:
+        found.append(f"no tensor-core instruction ({job.instruction}) in the PTX")
     limits = budget.get(job.name, {"registers": MAX_REGISTERS, "shared": MAX_SHARED[job.arch]})
     found += [
         f"{key} {getattr(result, key)} over its budget of {limit}"
@@ -187,17 +168,16 @@ def try_job(job: Job) -> tuple[Job, Result | str]:
 
 
 def main() -> int:
+    kernels = sorted({name for family in FAMILIES for name in family.functions})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, help="this architecture only")
-    parser.add_argument("--kernel", choices=sorted(wc.KERNELS), help="this kernel only")
+    parser.add_argument("--kernel", choices=kernels, help="this kernel only")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     parser.add_argument("--write", action="store_true", help="record the result as this version's budget")
     options = parser.parse_args()
     everything = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
     budget = {} if options.write else everything.get(triton.__version__, {})
-    chosen = [
-        job for job in jobs() if options.arch in (None, job.arch) and options.kernel in (None, job.variant.kernel)
-    ]
+    chosen = [job for job in jobs() if options.arch in (None, job.arch) and options.kernel in (None, job.tile.kernel)]
     start, failed, measured = time.perf_counter(), 0, {}
     print(f"triton {triton.__version__}, {len(chosen)} compilations, budget: {len(budget)} entries")
     print(f"{'registers':>9} {'shared':>7} {'spills':>6} {'tensor core':>11}  kernel")

@@ -1,0 +1,277 @@
+"""The typical layers on which the Triton kernels are compiled ahead of time, family by family."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from pydenoise.kernels import _tiles, int8_conv2d, int8_linear, norm_quantize, quantize
+from pydenoise.kernels import weighted_conv as wc
+from torch import Tensor
+
+# A problem of a variant: the layer's name and the dtype of its floats, or of its codes.
+Problem = tuple[str, torch.dtype]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Kernels that are compiled by the same rules.
+
+    ``problems(variant, arch)`` names the layers, ``arguments(variant, problem)`` makes the arguments of the launch,
+    tensors on the meta device. ``products(variant)`` is the dtype that the variant multiplies on tensor cores, ``None``
+    if none; ``rows(variant)`` are the rows of its product's tile.
+    """
+
+    functions: Mapping[str, Callable]
+    variants: tuple
+    problems: Callable[[object, int], tuple[Problem, ...]]
+    arguments: Callable[[object, Problem], dict]
+    products: Callable[[object], str | None]
+    rows: Callable[[object], int]
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def image(*shape: int, dtype: torch.dtype) -> Tensor:
+    """[N, C, *spatial] in channels_last memory."""
+    n, channels, *spatial = shape
+    return empty(n, *spatial, channels, dtype=dtype).movedim(-1, 1)
+
+
+# ------------------------------------------------------------------------------------------------ weighted convolution
+
+
+def _is_first(variant: wc.Variant) -> bool:
+    return variant is next(v for v in wc.VARIANTS if (v.kernel, v.precision) == (variant.kernel, variant.precision))
+
+
+def _weighted_problems(variant: wc.Variant, arch: int) -> tuple[Problem, ...]:
+    """The first tile of each kernel takes the rarer paths too. bfloat16 stands for both half formats, but for it."""
+    kind = {"conv_unfold": "skinny"}.get(variant.kernel, "depthwise" if "depthwise" in variant.kernel else "plain")
+    found = [f"{kind}-2d"]
+    if _is_first(variant) and variant.kernel == "conv":
+        found.append("strided-2d")
+    if _is_first(variant) and variant.kernel != "reduce" and arch == 90:
+        found += [f"{kind}-{form}" for form in ("1d", "3d", "wide")]
+    return tuple(
+        (problem, dtype)
+        for problem in found
+        for dtype in variant.dtypes
+        if dtype != torch.float16 or (_is_first(variant) and problem.endswith("2d"))
+    )
+
+
+def _weighted_arguments(variant: wc.Variant, problem: Problem) -> dict:
+    torch.set_float32_matmul_precision({"tf32": "high"}.get(variant.precision, "highest"))
+    (kind, form), dtype = problem[0].split("-"), problem[1]
+    channels, outputs = {"skinny": (3, 64), "depthwise": (96, 96)}.get(kind, (128, 128))
+    groups = channels if kind == "depthwise" else 1
+    stride = 2 if kind == "strided" else 1
+    dims, size = {"1d": (1, 4096), "2d": (2, 64), "3d": (3, 32), "wide": (2, 40000)}[form]
+    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "relu"}[form]
+
+    def picture(count: int, size: int) -> Tensor:
+        return image(4, count, *(size,) * dims, dtype=dtype)
+
+    x, y = picture(channels, size), picture(outputs, size // stride)
+    weight = empty(outputs, channels // groups, *(3,) * dims, dtype=dtype)
+    density, bias = torch.empty_like(weight[0, 0]), torch.empty_like(weight[:, 0].flatten(1)[:, 0])
+    geometry = ((stride,) * dims, (1, 1) * dims, (1,) * dims, groups)
+    if variant.kernel in ("weight_gradient", "depthwise_weight_gradient", "reduce"):
+        parts = empty(wc.density_parts(weight), density.numel(), dtype=torch.float64)
+        found = wc.plan_weight_gradient(y, x, weight, density, torch.empty_like(weight), parts, *geometry)
+    elif kind == "strided":
+        found = wc.plan_input_gradient(y, weight, density, x, *geometry)[:1]
+    else:
+        found = wc.plan_forward(x, weight, density, bias, picture(outputs, size), y, *geometry, activation)
+    return next(launch.arguments for launch in found if launch.kernel == variant.kernel)
+
+
+def _weighted_products(variant: wc.Variant) -> str | None:
+    return "float" if variant.kernel in wc.MATRIX_KERNELS and variant.precision != "fp32" else None
+
+
+def _weighted_rows(variant: wc.Variant) -> int:
+    blocks = dict(variant.meta)
+    return blocks["BLOCK_O"] if variant.kernel == "weight_gradient" or blocks["WEIGHT_LEFT"] else blocks["BLOCK_M"]
+
+
+WEIGHTED_CONV = Family(
+    wc.KERNELS, wc.VARIANTS, _weighted_problems, _weighted_arguments, _weighted_products, _weighted_rows
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------- int8
+
+_MODULES = (int8_conv2d, int8_linear, quantize, norm_quantize)
+_KERNELS = {kernel.name: kernel for module in _MODULES for kernel in module.KERNELS}
+# What the first tile of each kernel is compiled on besides the plain layer, for one architecture.
+_RARER = {
+    "int8_conv": ("requantized", "upsampled", "raw", "unpadded", "symmetric", "long", "wide"),
+    "int8_conv_gather": ("requantized", "upsampled", "raw"),
+    "int8_conv_pixel": ("requantized", "upsampled", "symmetric", "wide"),
+    "int8_depthwise": ("requantized", "upsampled", "raw", "pixel", "wide"),
+    "int8_linear": ("requantized", "raw", "token", "few", "symmetric"),
+    "quantize": ("geglu", "pixel", "symmetric"),
+    "quantize_dynamic": ("geglu", "long", "symmetric"),
+    "dequantize": ("pixel",),
+    "channel_statistics": ("skip",),
+    "group_statistics": ("film",),
+    "group_norm": ("skip",),
+    "group_norm_dynamic": ("skip", "long"),
+    "layer_norm": ("static", "film", "long"),
+}
+
+
+def _int8_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """Kernels without matrix products differ little between architectures: all their tiles for one of them only."""
+    kernel = _KERNELS[variant.kernel]
+    first = variant is kernel.variants[0]
+    if arch < variant.least:
+        return ()
+    if not kernel.matrix and not first and arch != 90:
+        return ()
+    names = ("plain", *(_RARER.get(kernel.name, ()) if first and arch == 90 else ()))
+    floats = (torch.bfloat16, torch.float32) if first and arch == 90 and not kernel.matrix else (torch.bfloat16,)
+    return tuple((name, dtype) for name in names for dtype in (floats if name == "plain" else floats[:1]))
+
+
+def _scales(name: str, *positions: int) -> tuple[Tensor, Tensor | None]:
+    """(scale, zero point), per position if any are given."""
+    return empty(*positions), None if name == "symmetric" else empty(*positions, dtype=torch.int32)
+
+
+def _conv_launches(kernel: str, name: str, dtype: torch.dtype) -> list[_tiles.Launch]:
+    n, size = (1, 40000) if name == "wide" else (2, 64)
+    channels, groups = {"int8_conv_gather": (4, 1), "int8_depthwise": (96, 96)}.get(kernel, (320, 1))
+    if name == "long":
+        channels = 8192  # times 9 taps: sums that could saturate
+    per_pixel = kernel == "int8_conv_pixel" or name == "pixel"
+    outputs = 96 if groups > 1 else 320
+    scale, zero_point = _scales(name, *((n, 1, size, size) if per_pixel else ()))
+    enlarged = 2 if name == "upsampled" else 1
+    padding = 0 if name == "unpadded" else 1
+    out = size * enlarged + 2 * padding - 2
+    to_int8, raw = name == "requantized", name == "raw"
+    return int8_conv2d.plan(
+        image(n, channels, size, size, dtype=torch.int8),
+        empty(outputs, channels // groups, 3, 3, dtype=torch.int8).contiguous(memory_format=torch.channels_last),
+        scale,
+        empty(outputs),
+        zero_point,
+        None if raw else empty(outputs),
+        (1, 1),
+        (padding,) * 4,
+        (1, 1),
+        groups,
+        None if raw else empty(n, outputs),
+        empty(n, 2 * outputs) if to_int8 else None,
+        None if raw or to_int8 else image(n, outputs, out, out, dtype=dtype),
+        "none" if raw else "silu",
+        empty() if to_int8 else None,
+        empty(dtype=torch.int32) if to_int8 else None,
+        enlarged,
+        image(n, outputs, out, out, dtype=torch.int8 if to_int8 else torch.int32 if raw else dtype),
+    )
+
+
+def _linear_launches(name: str, dtype: torch.dtype) -> list[_tiles.Launch]:
+    rows, depth, channels = 16 if name == "few" else 4096, 640, 1280
+    scale, zero_point = _scales(name, *((rows, 1) if name == "token" else ()))
+    to_int8, raw = name == "requantized", name == "raw"
+    return int8_linear.plan(
+        empty(rows, depth, dtype=torch.int8),
+        empty(channels, depth, dtype=torch.int8),
+        scale,
+        empty(channels),
+        zero_point,
+        None if raw else empty(channels),
+        None if raw else empty(rows, channels, dtype=dtype),
+        "none" if raw else "gelu",
+        empty() if to_int8 else None,
+        empty(dtype=torch.int32) if to_int8 else None,
+        empty(rows, channels, dtype=torch.int8 if to_int8 else torch.int32 if raw else dtype),
+    )
+
+
+def _quantize_launch(variant: _tiles.Variant, name: str, dtype: torch.dtype) -> _tiles.Launch:
+    columns = _columns(variant, name)
+    geglu = name == "geglu"
+    x = image(4, columns * (2 if geglu else 1), 64, 64, dtype=dtype)
+    y = image(4, columns, 64, 64, dtype=torch.int8)
+    activation = "geglu" if geglu else "silu"
+    positions = (4, 1, 64, 64)
+    if variant.kernel == "quantize_dynamic":
+        scale, zero_point = empty(*positions), empty(*positions, dtype=torch.int32)
+        factors = empty(columns) if geglu else None
+        return quantize.plan_dynamic(x, "pixel", activation, factors, name == "symmetric", y, scale, zero_point)
+    scale, zero_point = _scales(name, *(positions if name == "pixel" else ()))
+    if variant.kernel == "dequantize":
+        return quantize.plan_dequantize(y, scale, zero_point, x)
+    return quantize.plan_quantize(x, scale, zero_point, activation, empty(columns) if geglu else None, y)
+
+
+def _columns(variant: _tiles.Variant, name: str) -> int:
+    """Channels that the variant's block of columns is made for; ``long`` ones do not fit any block."""
+    return 6000 if name == "long" else max(32, dict(variant.meta)["BLOCK_C"] * 5 // 8)
+
+
+def _group_norm_launches(variant: _tiles.Variant, name: str, dtype: torch.dtype) -> list[_tiles.Launch]:
+    columns = _columns(variant, name)
+    x = image(4, columns, 64, 64, dtype=dtype)
+    skip = image(4, columns, 64, 64, dtype=dtype) if name == "skip" else None
+    channels = columns * (2 if name == "skip" else 1)
+    film = empty(4, 2 * channels) if name == "film" else None
+    dynamic = variant.kernel == "group_norm_dynamic"
+    scale, zero_point = _scales(name, *((4, 1, 64, 64) if dynamic else ()))
+    y = image(4, channels, 64, 64, dtype=torch.int8)
+    weight, bias = empty(channels), empty(channels)
+    return norm_quantize.plan_group_norm(
+        x, skip, 8, weight, bias, 1e-5, film, "silu", None, scale, zero_point, y, dynamic
+    )  # fmt: skip
+
+
+def _layer_norm_launch(variant: _tiles.Variant, name: str, dtype: torch.dtype) -> _tiles.Launch:
+    columns = _columns(variant, name)
+    film = empty(4, 2 * columns) if name == "film" else None
+    dynamic = name != "static"
+    scale, zero_point = _scales(name, *((4, 1024, 1) if dynamic else ()))
+    return norm_quantize.plan_layer_norm(
+        empty(4, 1024, columns, dtype=dtype), empty(columns), empty(columns), 1e-5, film, None, scale, zero_point,
+        empty(4, 1024, columns, dtype=torch.int8), dynamic,
+    )  # fmt: skip
+
+
+def _int8_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    kernel = variant.kernel
+    if kernel == "int8_linear":
+        found = _linear_launches(name, dtype)
+    elif kernel.startswith("int8_"):
+        found = _conv_launches(kernel, name, dtype)
+    elif kernel == "weight_sums":
+        found = _linear_launches(name, dtype)
+    elif kernel == "layer_norm":
+        found = [_layer_norm_launch(variant, name, dtype)]
+    elif "quantize" in kernel:
+        found = [_quantize_launch(variant, name, dtype)]
+    else:
+        found = _group_norm_launches(variant, name, dtype)
+    return next(launch.arguments for launch in found if launch.kernel.name == kernel)
+
+
+def _int8_products(variant: _tiles.Variant) -> str | None:
+    return "int8" if _KERNELS[variant.kernel].matrix else None
+
+
+INT8 = Family(
+    {name: kernel.function for name, kernel in _KERNELS.items()},
+    tuple(variant for kernel in _KERNELS.values() for variant in kernel.variants),
+    _int8_problems,
+    _int8_arguments,
+    _int8_products,
+    lambda variant: dict(variant.meta)["BLOCK_M"],
+)
+
+FAMILIES = (WEIGHTED_CONV, INT8)
