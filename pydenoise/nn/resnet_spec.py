@@ -72,14 +72,16 @@ def resnet_spec(block: nn.Module) -> ResnetSpec:
 
 def _diffusers(block: nn.Module) -> ResnetSpec:
     """``diffusers.models.resnet.ResnetBlock2D``."""
-    kind = block.time_embedding_norm
-    if kind not in ("default", "scale_shift"):
+    kind, embedding = block.time_embedding_norm, getattr(block, "time_emb_proj", None)
+    # "group" is what decoders without a time embedding say; the two others norm by the embedding
+    if kind not in ("default", "scale_shift") and (embedding is not None or kind in ("ada_group", "spatial")):
         raise ValueError(f"time_embedding_norm: expected 'default' or 'scale_shift', got {kind!r}")
     activation = activation_name(block.nonlinearity, "nonlinearity")
     return ResnetSpec(
-        block.norm1, block.conv1, block.norm2, block.conv2, getattr(block, "time_emb_proj", None),
-        "none" if getattr(block, "skip_time_act", False) else activation, kind == "scale_shift", block.conv_shortcut,
-        activation, _resampling(block.upsample, block.downsample), 1.0 / block.output_scale_factor,
+        block.norm1, block.conv1, block.norm2, block.conv2, embedding,
+        "none" if getattr(block, "skip_time_act", False) else activation,
+        embedding is not None and kind == "scale_shift", block.conv_shortcut, activation,
+        _resampling(block.upsample, block.downsample), 1.0 / block.output_scale_factor,
     )  # fmt: skip
 
 

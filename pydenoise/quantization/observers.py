@@ -204,6 +204,23 @@ class LayerStatistics:
             ]
         return part
 
+    def as_linear(self) -> "LayerStatistics":
+        """Statistics of a 1x1 convolution's input as those of the linear layer that it is on the pixels."""
+        if self.kind == "linear":
+            return self
+        if self.extent != (1, 1):
+            raise ValueError(f"{self.name}: expected a 1x1 convolution, got one that reads {self.extent} pixels")
+        result = LayerStatistics(self.name, "linear", self.channels, (1, 1), len(self.counts))
+        result.calls, result.counts = self.calls, self.counts
+        result.channel_low, result.channel_high = self.channel_low, self.channel_high
+        if self.reservoir is not None:
+            result.reservoir = Reservoir(len(self.counts), self.reservoir.capacity)
+            result.reservoir.seen = list(self.reservoir.seen)
+            result.reservoir.items = [
+                [item.flatten(1).T.contiguous() for item in items] for items in self.reservoir.items
+            ]
+        return result
+
     def merged(self, other: "LayerStatistics", seed: int = 0) -> "LayerStatistics":
         """Statistics of what either has seen. Raises ``ValueError`` if they are of different layers or buckets."""
         same = ("name", "kind", "channels", "extent")

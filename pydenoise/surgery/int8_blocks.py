@@ -140,7 +140,7 @@ class BlockSurgeon:
         if kind is Int8ResnetBlock:
             spec = resnet_spec(child)
             skip = self.skips.get(path, 0)
-            return kind.from_float(spec, plans, skip_channels=skip, shortcut_dtype=self.float_dtype)
+            return kind.from_float(spec, plans, skip_channels=skip, shortcut="plans", shortcut_dtype=self.float_dtype)
         if kind is Int8AttentionBlock:
             return kind.from_float(attention_spec(child), plans)
         return kind.from_float(child, plans)

@@ -54,12 +54,14 @@ class Int8Plans:
             return "float"
         statistics = self.calibration.layers.get(names[0])
         shown = request.name if not prefix else f"{prefix}.{request.name}"
-        if statistics is None or request.channels is not None:
-            # half of a shortcut has no statistics of its own, and a layer that no batch called has none at all
+        if statistics is None:
             scheme = DYNAMIC.for_kind(kind_of(request.layer))
-            reason = "a part of a layer" if request.channels else "no calibration batch called it"
-            self.layers.append(QuantizedLayer(shown, str(scheme), None, reason))
+            self.layers.append(QuantizedLayer(shown, str(scheme), None, "no calibration batch called it"))
             return scheme
+        if request.channels is not None:
+            statistics = statistics.slice_channels(*request.channels)
+        if kind_of(request.layer) == "linear":
+            statistics = statistics.as_linear()  # of a 1x1 convolution that is computed as a linear layer
         decision = choose_layer(
             request.layer, statistics, schemes=self.schemes, target_db=self.target_db, float_below=self.float_below
         )

@@ -172,3 +172,15 @@ def test_only_convolutions_and_linear_layers():
         statistics(nn.ReLU())
     with pytest.raises(ValueError, match="expected an input of 3 channels"):
         statistics(nn.Conv2d(3, 3, 1)).observe(torch.randn(1, 4, 2, 2), ALONE)
+
+
+def test_a_1x1_convolution_as_a_linear_layer():
+    item = statistics(nn.Conv2d(3, 4, 1))
+    item.observe(torch.randn(2, 3, 4, 4), ALONE)
+    linear = item.as_linear()
+    assert linear.kind == "linear" and linear.as_linear() is linear
+    assert torch.equal(linear.channel_low, item.channel_low) and torch.equal(linear.counts, item.counts)
+    for image, tokens in zip(item.samples(0), linear.samples(0), strict=True):
+        assert torch.equal(image.permute(1, 2, 0).flatten(0, 1), tokens)
+    with pytest.raises(ValueError, match="layer: expected a 1x1 convolution"):
+        statistics(nn.Conv2d(3, 4, 3)).as_linear()
