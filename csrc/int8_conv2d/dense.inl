@@ -124,11 +124,20 @@ struct DenseRun {
             copy_codes(gather.pointers, plan.pitch, p.in_channels, codes);
             held->strip = index;
         }
-        const int64_t last = (chunk + 1) * plan.blocks / plan.chunks;
-        for (int64_t block = chunk * plan.blocks / plan.chunks; block < last; ++block) block_of_strip(strip, block);
+        const int64_t last = first_block(chunk + 1);
+        for (int64_t block = first_block(chunk); block < last; ++block)
+            block_of_strip(strip, block, block + 1 < last ? block + 1 : next_block(chunk));
     }
 
-    void block_of_strip(const Strip& strip, int64_t block) {
+    int64_t first_block(int64_t chunk) const { return chunk * plan.blocks / plan.chunks; }
+
+    // The block that this thread will probably take when it is through with the chunk: threads take turns.
+    int64_t next_block(int64_t chunk) const {
+        if (chunk + p.threads < plan.chunks) return first_block(chunk + p.threads);
+        return -1;
+    }
+
+    void block_of_strip(const Strip& strip, int64_t block, int64_t next) {
         const int width = block_width(p, block), vectors = width / kWidth;
         const int lanes = static_cast<int>(min64(width, p.out_channels - block * kLanes));
         const bool rescaled = finisher.sums == Sums::rescaled;
@@ -140,12 +149,15 @@ struct DenseRun {
         task.steps = rescaled ? plan.steps : plan.taps * plan.steps;
         task.taps = plan.taps;
         task.weight_sums = reinterpret_cast<const int32_t*>(packed + layout.weight_bytes(width));
+        task.ahead = next < 0 ? packed : static_cast<const char*>(p.packed) + layout.block_offset(strip.group, next);
         finisher.prepare(strip.n, strip.group * p.out_channels + block * kLanes, lanes,
                          task.weight_sums + plan.taps * width);
         alignas(64) int32_t sums[kTile * kLanes];
         const int64_t rows = min64(plan.rows, p.rows.out_size - strip.row);
         const int64_t columns = min64(plan.columns, p.columns.out_size - strip.column);
         const int64_t tiles = ceil_div(columns, widest);
+        const int64_t ahead_bytes = next < 0 ? 0 : layout.weight_bytes(block_width(p, next));
+        task.ahead_step = ceil_div(ceil_div(ahead_bytes, rows * tiles), plan.taps * plan.steps);
         for (int64_t row = 0; row < rows; ++row) {
             for (int64_t i = 0; i < tiles; ++i) {
                 const int64_t first = i * columns / tiles;
@@ -156,6 +168,7 @@ struct DenseRun {
                 task.zeros = gather.zeros + position;
                 finisher.fetch(pixels, strip.n, strip.row + row, strip.column + first);
                 (rescaled ? kScaledTiles : kIntegerTiles)[pixels - 1][vectors - 1](task, sums);
+                task.ahead += task.ahead_step * plan.taps * plan.steps;
                 finisher.task.row_scales = task.scales;
                 finisher.task.row_zeros = task.zeros;
                 finisher.pixels(sums, pixels, width, strip.n, strip.row + row, strip.column + first);

@@ -13,6 +13,8 @@ struct TileTask {
     const int32_t* offsets;  // [taps * steps]: bytes from there
     const char* weights;     // [taps * steps][N * kWidth][4 bytes]
     int64_t steps;           // of all taps, or of one tap where taps are rescaled one by one
+    const char* ahead;       // weights that will be needed next, to be fetched into L2 on the way
+    int64_t ahead_step;      // bytes per step
     // Rescaling per pixel only:
     int64_t taps;
     const float* scales;  // of the tile's first position at tap 0
@@ -22,8 +24,10 @@ struct TileTask {
 
 template <int M, int N>
 PDN_INLINE void accumulate(vi (&acc)[M][N], const char* codes, const int32_t* offsets, const char* weights,
-                           int64_t steps) {
+                           int64_t steps, const char* ahead, int64_t ahead_step) {
     for (int64_t s = 0; s < steps; ++s) {
+        __builtin_prefetch(ahead, 0, 2);
+        ahead += ahead_step;
         const char* x = codes + offsets[s];
         vi w[N];
 #pragma GCC unroll 2
@@ -46,7 +50,7 @@ void integer_tile(const TileTask& t, void* sums) {
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
         for (int j = 0; j < N; ++j) acc[m][j] = vi{};
-    accumulate<M, N>(acc, t.codes, t.offsets, t.weights, t.steps);
+    accumulate<M, N>(acc, t.codes, t.offsets, t.weights, t.steps, t.ahead, t.ahead_step);
 #pragma GCC unroll 14
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
@@ -71,7 +75,8 @@ void scaled_tile(const TileTask& t, void* sums) {
 #pragma GCC unroll 2
             for (int j = 0; j < N; ++j)
                 acc[m][j] = load_lanes(weight_sums + j * kWidth) * splat_lanes(-(kOffset + t.zeros[position + m]));
-        accumulate<M, N>(acc, t.codes, t.offsets + tap * t.steps, t.weights + tap * t.steps * N * kWidth * 4, t.steps);
+        accumulate<M, N>(acc, t.codes, t.offsets + tap * t.steps, t.weights + tap * t.steps * N * kWidth * 4, t.steps,
+                         t.ahead + tap * t.steps * t.ahead_step, t.ahead_step);
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
