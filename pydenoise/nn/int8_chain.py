@@ -65,7 +65,7 @@ class Int8Chain(Int8Block):
             factor = gain if index == len(parts) - 1 else 1.0
             made.append(Int8Conv2d.from_float(conv, choice, activation=activation, gain=factor, name=name))
         for first, second in zip(made, made[1:], strict=False):
-            _fold_smoothing(first, second)
+            fold_smoothing(first, second)
         return cls(made)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -114,13 +114,21 @@ def _parse(layers: nn.Sequential | Iterable[nn.Module]) -> list[tuple[str, nn.Mo
     return parts
 
 
-def _fold_smoothing(first: Int8Conv2d, second: Int8Conv2d) -> None:
-    """Let ``first`` write what ``second`` would have to multiply."""
+def fold_smoothing(first: nn.Module, second: Int8Conv2d) -> None:
+    """Let ``first`` (Int8Conv2d or FusedConv2d) write what ``second``, its only reader, would have to multiply.
+
+    Nothing changes where ``second`` is not smoothed, or where a factor does not pass ``first``'s activation.
+    """
     factors = second.channel_scale
-    if factors is None or first.activation not in _HOMOGENEOUS or factors.shape != first.weight_scale.shape:
+    if factors is None or not isinstance(first, (Int8Conv2d, FusedConv2d)):
+        return
+    if first.activation not in _HOMOGENEOUS or factors.numel() != first.out_channels:
         return
     with torch.no_grad():
-        first.weight_scale.mul_(factors)
+        if isinstance(first, Int8Conv2d):
+            first.weight_scale.mul_(factors)
+        else:
+            first.weight.mul_(factors.to(first.weight.dtype).reshape(-1, 1, 1, 1))
         if first.bias is not None:
-            first.bias.mul_(factors)
+            first.bias.mul_(factors.to(first.bias.dtype))
     second.channel_scale = None

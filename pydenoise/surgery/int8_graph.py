@@ -5,6 +5,7 @@ from torch import fx
 
 from pydenoise.nn._plans import Request, keeps_float
 from pydenoise.nn.fused_conv import FusedConv2d
+from pydenoise.nn.int8_chain import fold_smoothing
 from pydenoise.nn.int8_conv2d import Int8Conv2d, plain_conv
 from pydenoise.surgery.int8_plans import Int8Plans
 from pydenoise.surgery.report import Kept, Swap
@@ -67,12 +68,16 @@ class Int8GraphSurgeon:
     def _hand_codes_on(self) -> None:
         """Where the only reader of a layer's output quantizes it with a known scale, write its codes at once."""
         for node in self.model.graph.nodes:
-            if node.op != "call_module" or not isinstance(self._module(node), Int8Conv2d):
-                continue
             readers = list(node.users)
             if len(readers) != 1 or not self._reads_static_codes(readers[0], node):
                 continue
             reader = readers[0]
+            if node.op != "call_module":
+                continue
+            if node.kwargs.get("residual") is None and len(node.args) == 1:
+                fold_smoothing(self._module(node), self._module(reader))
+            if not isinstance(self._module(node), Int8Conv2d) or self._module(reader).channel_scale is not None:
+                continue
             with self.model.graph.inserting_before(node):
                 scale = self.model.graph.get_attr(f"{reader.target}.input_scale")
                 zero_point = None
@@ -88,5 +93,4 @@ class Int8GraphSurgeon:
         if reader.op != "call_module" or reader.args != (source,) or source in reader.kwargs.values():
             return False
         layer = self._module(reader)
-        static = isinstance(layer, Int8Conv2d) and layer.scheme.granularity == "per_tensor"
-        return static and layer.channel_scale is None
+        return isinstance(layer, Int8Conv2d) and layer.scheme.granularity == "per_tensor"
