@@ -89,7 +89,9 @@ class Int8ResnetBlock(Int8Block):
         """The block's own embedding, [N, C_out] or [N, 2 C_out], of the time embedding ``temb`` [N, E]."""
         if self.time_emb_proj is None:
             return None
-        linear = self.time_emb_proj
+        linear, together = self.time_emb_proj, self.__dict__.get("_shared_projection")
+        if together is not None:
+            return together(linear, temb)
         return linear(activate(temb, self.embedding_activation).to(linear.weight.dtype)).float()
 
     def forward(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pydenoise import recording
+from pydenoise.nn.shared_projection import share_projections
 from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.ops import registry
 from pydenoise.quantization import Calibration, Scheme, calibrate, resolve_scheme
@@ -115,6 +116,7 @@ class Int8Acceleration:
             plans = self._plans(model, measured_only)
             surgeon = int8_blocks.BlockSurgeon(model, plans, skips, _float_dtype())
             surgeon.operate()
+            share_projections(model)
             return model, surgeon.swapped, [*surgeon.kept, *plans.kept], plans, "blocks"
         if not self.inplace:
             try:
