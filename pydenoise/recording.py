@@ -10,6 +10,8 @@ and of arguments that compare equal; a forward that reads a value back (``.item(
 depend on values, is refused with a reason.
 """
 
+import inspect
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,10 +175,6 @@ class Recording:
         except _FoldedTooEarly:
             recorder, result = self._record(function, fold=False)
         self._outputs, self._result_spec = pytree.tree_flatten(result)
-        self._variable_outputs = [
-            isinstance(leaf, Tensor) and (_storage(leaf) in recorder.variable or not recorder.fold)
-            for leaf in self._outputs
-        ]
         self.written = recorder.written
         self.torch_steps = sum(isinstance(step, _TorchStep) for step in recorder.steps)
         self.kernel_steps = len(self._tape)
@@ -244,10 +242,11 @@ def _key(leaves: list, spec) -> tuple | None:
 class RecordedForward:
     """Stands in for a model's ``forward``: records it once per input shape and replays it.
 
-    Calls that need gradients, are traced or compiled, or cannot be recorded, run the model's own forward; ``refusals``
-    says why, once per kind of call. Numbers among the arguments are part of what is recorded, so those named in
-    ``as_tensors`` (a time step) are turned into tensors first. Changed weights and a change of threads' or ISA settings
-    are noticed; writing to ``.data`` is not.
+    Calls that need gradients, are compiled or in training mode, or cannot be recorded, run the model's own forward;
+    ``refusals`` says why, once per kind of call. What a new recording replays must be what the model itself gives.
+    Numbers among the arguments are part of what is recorded, so those named in ``as_tensors`` (a time step) are turned
+    into tensors first. Changed weights and a change of threads' or ISA settings are noticed; writing to ``.data`` is
+    not.
     """
 
     model: nn.Module
@@ -256,21 +255,24 @@ class RecordedForward:
 
     def __post_init__(self) -> None:
         self._recordings: OrderedDict[tuple, tuple[Recording | None, list]] = OrderedDict()
+        parameters = list(inspect.signature(type(self.model).forward).parameters.values())[1:]
+        self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
     def __call__(self, *args, **kwargs) -> object:
-        if torch.is_grad_enabled() and self._wants_gradients(args, kwargs) or torch.compiler.is_compiling():
+        if self.model.training or torch.compiler.is_compiling():
             return self._own(*args, **kwargs)
-        kwargs = {k: _as_tensor(v) if k in self.as_tensors else v for k, v in kwargs.items()}
-        args = self._positional(args)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if torch.is_grad_enabled() and self._wants_gradients(args, kwargs):
+            return self._own(*args, **kwargs)
+        call, numbers = self._with_tensors(args, kwargs)
+        leaves, spec = pytree.tree_flatten(call)
         key = _key(leaves, spec)
         if key is None or not all(type(t) in (Tensor, nn.Parameter) for t in leaves if isinstance(t, Tensor)):
             self._refuse("an argument is neither a plain tensor nor a plain value")
             return self._own(*args, **kwargs)
-        key = (key, torch.is_autocast_enabled("cpu"), _native.extension().module.active_isa())
+        key = (key, numbers, torch.is_autocast_enabled("cpu"), _native.extension().module.active_isa())
         recording, fingerprint = self._recordings.get(key, (None, None))
         if fingerprint is None or fingerprint != self._fingerprint(recording):
-            recording = self._record(key, args, kwargs)
+            recording = self._record(key, args, kwargs, call)
         else:
             self._recordings.move_to_end(key)
         return self._own(*args, **kwargs) if recording is None else recording.replay(leaves)
@@ -278,23 +280,33 @@ class RecordedForward:
     def _own(self, *args, **kwargs) -> object:
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def _positional(self, args: tuple) -> tuple:
+    def _with_tensors(self, args: tuple, kwargs: dict) -> tuple[tuple[tuple, dict], tuple]:
+        """The arguments with numbers among those named in ``as_tensors`` as tensors, and the kinds of these numbers."""
+        kinds: list = []
+
+        def change(name: object, value: object) -> object:
+            if name not in self.as_tensors or isinstance(value, bool) or not isinstance(value, (int, float)):
+                return value
+            kinds.append((name, type(value), value == int(value) if math.isfinite(value) else None))
+            return torch.tensor(value)
+
         if not self.as_tensors:
-            return args
-        code = type(self.model).forward.__code__
-        names = code.co_varnames[1 : code.co_argcount]
-        changing = {i for i, name in enumerate(names) if name in self.as_tensors}
-        return tuple(_as_tensor(a) if i in changing else a for i, a in enumerate(args))
+            return (args, kwargs), ()
+        names = (*self._names, *[None] * len(args))
+        args = tuple(change(name, value) for name, value in zip(names, args, strict=False))
+        return (args, {name: change(name, value) for name, value in kwargs.items()}), tuple(kinds)
 
     def _wants_gradients(self, args: tuple, kwargs: dict) -> bool:
         return any(t.requires_grad for t in _tensors((args, kwargs)))
 
-    def _record(self, key: tuple, args: tuple, kwargs: dict) -> Recording | None:
+    def _record(self, key: tuple, args: tuple, kwargs: dict, call: tuple[tuple, dict]) -> Recording | None:
         try:
-            # the first run packs weights and fills caches, so that the recorded one computes nothing else
             with torch.no_grad():
-                self._own(*args, **kwargs)
-                recording = Recording(self._own, args, kwargs)
+                # packs weights and fills caches, so that the recorded run computes nothing else
+                expected = self._own(*args, **kwargs)
+                recording = Recording(self._own, *call)
+                if not _same(recording.replay(pytree.tree_leaves(call)), expected):
+                    raise Unrecordable("a replay differs from the model's own result")
         except Unrecordable as reason:
             self._refuse(str(reason))
             recording = None
@@ -334,8 +346,10 @@ class RecordedForward:
         self.__post_init__()
 
 
-def _as_tensor(value: object) -> object:
-    return torch.tensor(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
+def _same(one: object, other: object) -> bool:
+    """Whether two results are equal bit for bit; NaN equals NaN."""
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all(torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
 
 
 def record_forward(model: nn.Module, as_tensors: tuple[str, ...] = ()) -> RecordedForward:
