@@ -11,7 +11,8 @@ using ParallelFor = void (*)(int64_t count, int64_t grain, RangeBody body, void*
 // Replace the serial default. Call once, before any kernel runs.
 void install_parallel_for(ParallelFor implementation);
 
-// Run `body` over [0, count) in ranges of at least `grain` items.
+// Run `body` over [0, count) in ranges of at least `grain` items. Ranges are begun in ascending order: the body of one
+// may wait for what those before it do.
 void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context);
 
 // The same for a callable that takes (begin, end).

@@ -4,8 +4,7 @@
 // Per-channel arrays hold the panels one after the other, each starting at a multiple of the vector width.
 #pragma once
 
-#include "../core/quantize.inl"
-#include "params.h"
+#include "write_dynamic.inl"
 
 namespace pdn {
 namespace norm_quantize {
@@ -157,17 +156,17 @@ PDN_INLINE void group_moments(const GroupNormParams& p, int64_t image, const flo
         const float shift = widened(c < first ? pixel[0][c] : pixel[1][c - first]);
         return static_cast<double>(shift) + static_cast<double>(partial[place(c)]);
     };
-    const double pixels = static_cast<double>(p.pixels);
+    const double pixels = static_cast<double>(p.pixels), share = 1.0 / static_cast<double>(per_group);
+    const double count_share = share / pixels;
     for (int64_t begin = 0; begin < p.channels; begin += per_group) {
         double sum = 0, squares = 0;
         for (int64_t c = begin; c < begin + per_group; ++c) sum += channel_mean(c);
-        const double center = sum / static_cast<double>(per_group);
+        const double center = sum * share;
         for (int64_t c = begin; c < begin + per_group; ++c) {
             const double apart = channel_mean(c) - center;
             squares += static_cast<double>(partial[size + place(c)]) + pixels * apart * apart;
         }
-        const double variance = squares / (pixels * static_cast<double>(per_group));
-        const float scale = static_cast<float>(1.0 / __builtin_sqrt(variance + p.eps));
+        const float scale = static_cast<float>(1.0 / __builtin_sqrt(squares * count_share + p.eps));
         const float high = static_cast<float>(center), low = static_cast<float>(center - static_cast<double>(high));
         for (int64_t c = begin; c < begin + per_group; ++c) {
             mean[place(c)] = high;
@@ -176,8 +175,6 @@ PDN_INLINE void group_moments(const GroupNormParams& p, int64_t image, const flo
         }
     }
 }
-
-PDN_INLINE vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
 
 // Coefficients of one panel, whose channels start at `channel`; true if values need no care.
 PDN_INLINE bool fold_panel(const GroupNormParams& p, int64_t image, int64_t channel, int64_t count, bool folded,
@@ -314,29 +311,6 @@ PDN_INLINE void find_ranges(const T* x, int64_t stride, int64_t count, const flo
         for (int i = 0; i < V; ++i) ranges[i].add_finite(v[i]);
         if (!safe)
             for (int i = 0; i < V; ++i) ranges[i].add(v[i]);
-    });
-}
-
-// `V` rows of values under scales of their own.
-template <int V>
-PDN_INLINE void write_dynamic(const float* values, int64_t channels, const Range* ranges, bool safe,
-                              const CodesOut& out, int64_t row) {
-    Codes codes[V];
-    vf inverse[V];
-    for (int i = 0; i < V; ++i) {
-        codes[i] = codes_of(ranges[i], false);
-        inverse[i] = splat(1.f / codes[i].scale);
-        out.out_scale[row + i] = codes[i].scale;
-        out.out_zero_point[row + i] = codes[i].zero_point;
-    }
-    int8_t* y = out.codes + row * channels;
-    each_vector(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-        vi q[V];
-        for (int i = 0; i < V; ++i) {
-            const vf v = load_lanes(values + i * channels + c, lanes);
-            q[i] = safe ? round_even(v * inverse[i]) + codes[i].zero_point : exact_codes(v, codes[i]);
-        }
-        for (int i = 0; i < V; ++i) store_codes(y + i * channels + c, q[i], -128, lanes);
     });
 }
 

@@ -1,24 +1,25 @@
 // Layer norm over rows: moments, then codes, while the row is in the cache. Included once per ISA level.
 #pragma once
 
-#include "../core/quantize.inl"
-#include "params.h"
+#include "write_dynamic.inl"
 
 namespace pdn {
 namespace norm_quantize {
 namespace {
 
-// Per FiLM vector: gain and offset of each channel, then one float, nonzero where they are divided by a given scale
-// (which they are unless that leaves something infinite or NaN).
+// Per FiLM vector: gain and offset of each channel, divided by a given scale, then one float, nonzero where rows of
+// finite values stay within kSafeCode. Where they may not, it is 0 and nothing is divided.
 int64_t layer_stride(const LayerNormParams& p) { return (p.channels + kWidth - 1) / kWidth * kWidth; }
 int64_t layer_coefficients(const LayerNormParams& p) { return 2 * layer_stride(p) + kWidth; }
 int64_t layer_scratch(const LayerNormParams& p) {
-    return p.out.scale ? 0 : p.channels * static_cast<int64_t>(sizeof(float));
+    return p.out.scale ? 0 : kTogether * p.channels * static_cast<int64_t>(sizeof(float));
 }
 
 PDN_INLINE bool layer_fold_over(const LayerNormParams& p, const float* film, float divisor, float* coefficients) {
     const int64_t size = layer_stride(p);
-    vi bad{};
+    // no value is further from the mean of n than sqrt(n) deviations
+    const float furthest = static_cast<float>(__builtin_sqrt(static_cast<double>(p.channels)));
+    vi safe = ~vi{};
     each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         vf gain = p.weight ? load_lanes(p.weight + c, lanes) : splat(1.f);
         vf offset = p.bias ? load_lanes(p.bias + c, lanes) : vf{};
@@ -30,23 +31,24 @@ PDN_INLINE bool layer_fold_over(const LayerNormParams& p, const float* film, flo
         const vf factor = (p.channel_scale ? load_lanes(p.channel_scale + c, lanes) : splat(1.f)) / divisor;
         gain = gain * factor;
         offset = offset * factor;
-        bad |= ((gain - gain) != 0.f) | ((offset - offset) != 0.f);
+        safe &= magnitude(gain) * furthest + magnitude(offset) < kSafeCode;  // false for NaN
         store_lanes(coefficients + c, gain, lanes);
         store_lanes(coefficients + size + c, offset, lanes);
     });
-    return !any(bad);
+    return !any(~safe);
 }
 
 void layer_fold(const LayerNormParams& p, int64_t index, float* coefficients) {
     const float* film = p.film ? p.film + index * 2 * p.channels : nullptr;
-    float& folded = coefficients[2 * layer_stride(p)];
-    folded = p.out.scale && layer_fold_over(p, film, *p.out.scale, coefficients) ? 1.f : 0.f;
-    if (folded == 0.f) layer_fold_over(p, film, 1.f, coefficients);
+    const float divisor = p.out.scale ? *p.out.scale : 1.f;
+    const bool safe = layer_fold_over(p, film, divisor, coefficients);
+    if (!safe && p.out.scale) layer_fold_over(p, film, 1.f, coefficients);
+    coefficients[2 * layer_stride(p)] = safe ? 1.f : 0.f;
 }
 
+// (x - mean) * rstd + shift is normalised: `shift` makes up for the digits that the mean lost in rounding.
 struct Moments {
-    float mean, rest;  // what the mean lost in rounding: the mean of the deviations from `mean`
-    float rstd;
+    float mean, rstd, shift;
 };
 
 PDN_INLINE vf first_lanes(vf v, int n) {
@@ -55,77 +57,98 @@ PDN_INLINE vf first_lanes(vf v, int n) {
     return select(lane < n, v, vf{});
 }
 
-template <class T>
-PDN_INLINE Moments moments_of(const LayerNormParams& p, const T* x) {
-    const int rest = static_cast<int>(p.channels % kWidth);
-    const int64_t whole = p.channels - rest;
-    const float count = static_cast<float>(p.channels);
-    vf sum[4] = {};
-    int64_t c = 0;
-    for (; c + 4 * kWidth <= whole; c += 4 * kWidth)
-        for (int i = 0; i < 4; ++i) sum[i] += load(x + c + i * kWidth);
-    for (; c < whole; c += kWidth) sum[0] += load(x + c);
-    if (rest > 0) sum[1] += load_partial(x + c, rest);
-    const float mean = reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])) / count;
-    vf apart[4] = {}, square[4] = {};
-    const auto add = [&](vf d, int i) __attribute__((always_inline)) {
+// Of `V` rows.
+template <class T, int V>
+PDN_INLINE void find_moments(const T* x, int64_t stride, int64_t channels, double eps, Moments* m) {
+    const int rest = static_cast<int>(channels % kWidth);
+    const int64_t whole = channels - rest;
+    const float share = 1.f / static_cast<float>(channels);
+    vf sum[V] = {}, apart[V] = {}, square[V] = {};
+    for (int64_t c = 0; c < whole; c += kWidth)
+        for (int i = 0; i < V; ++i) sum[i] += load(x + i * stride + c);
+    for (int i = 0; i < V && rest > 0; ++i) sum[i] += load_partial(x + i * stride + whole, rest);
+    for (int i = 0; i < V; ++i) m[i].mean = reduce_add(sum[i]) * share;
+    for (int64_t c = 0; c < whole; c += kWidth) {
+        for (int i = 0; i < V; ++i) {
+            const vf d = load(x + i * stride + c) - m[i].mean;
+            apart[i] += d;
+            square[i] += d * d;
+        }
+    }
+    for (int i = 0; i < V && rest > 0; ++i) {
+        const vf d = first_lanes(load_partial(x + i * stride + whole, rest) - m[i].mean, rest);
         apart[i] += d;
         square[i] += d * d;
-    };
-    c = 0;
-    for (; c + 4 * kWidth <= whole; c += 4 * kWidth)
-        for (int i = 0; i < 4; ++i) add(load(x + c + i * kWidth) - mean, i);
-    for (; c < whole; c += kWidth) add(load(x + c) - mean, 0);
-    if (rest > 0) add(first_lanes(load_partial(x + c, rest) - mean, rest), 1);
-    const float off = reduce_add((apart[0] + apart[1]) + (apart[2] + apart[3])) / count;
-    const float squares = reduce_add((square[0] + square[1]) + (square[2] + square[3]));
-    const double variance = static_cast<double>(squares) / static_cast<double>(count) - static_cast<double>(off) * off;
-    const double positive = variance < 0 ? 0.0 : variance;
-    return {mean, off, static_cast<float>(1.0 / __builtin_sqrt(positive + p.eps))};
+    }
+    for (int i = 0; i < V; ++i) {
+        const float off = reduce_add(apart[i]) * share;
+        const float variance = reduce_add(square[i]) * share - off * off;
+        m[i].rstd = 1.f / __builtin_sqrtf((variance < 0.f ? 0.f : variance) + static_cast<float>(eps));
+        m[i].shift = -off * m[i].rstd;
+    }
 }
 
-template <class T, class Lanes>
-PDN_INLINE vf normalised(const T* x, const Moments& m, const float* coefficients, int64_t size, Lanes lanes) {
-    const vf centered = (load_lanes(x, lanes) - m.mean) - m.rest;
-    return (centered * m.rstd) * load_lanes(coefficients, lanes) + load_lanes(coefficients + size, lanes);
+// The vector at one channel of `V` rows.
+template <class T, int V, class Lanes>
+PDN_INLINE void normalise(const T* x, int64_t stride, const Moments* m, const float* coefficients, int64_t size, vf* v,
+                          Lanes lanes) {
+    const vf gain = load_lanes(coefficients, lanes), offset = load_lanes(coefficients + size, lanes);
+    for (int i = 0; i < V; ++i) {
+        const vf normalised = (load_lanes(x + i * stride, lanes) - m[i].mean) * m[i].rstd + m[i].shift;
+        v[i] = normalised * gain + offset;
+    }
+}
+
+template <class T, int V>
+PDN_INLINE void write_rows(const LayerNormParams& p, int64_t row, const float* all, float* values) {
+    const int64_t size = layer_stride(p), channels = p.channels, stride = p.row_stride;
+    const T* x = static_cast<const T*>(p.input) + row * stride;
+    int8_t* y = p.out.codes + row * channels;
+    const float* at = all + row / p.film_rows * layer_coefficients(p);
+    const bool folded = at[2 * size] != 0.f;  // and so, with finite moments, safe
+    Moments m[V];
+    find_moments<T, V>(x, stride, channels, p.eps, m);
+    bool safe = folded;
+    for (int i = 0; i < V; ++i) safe &= m[i].shift - m[i].shift == 0.f && m[i].mean - m[i].mean == 0.f;
+    if (p.out.scale == nullptr) {
+        Range ranges[V];
+        each_vector(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            normalise<T, V>(x + c, stride, m, at + c, size, v, lanes);
+            for (int i = 0; i < V; ++i) store_lanes(values + i * channels + c, v[i], lanes);
+            for (int i = 0; i < V; ++i) ranges[i].add_finite(v[i]);
+            if (!safe)
+                for (int i = 0; i < V; ++i) ranges[i].add(v[i]);
+        });
+        write_dynamic<V>(values, channels, ranges, safe, p.out, row);
+        return;
+    }
+    const Codes codes = codes_of(*p.out.scale, p.out.zero_point);
+    if (safe) {
+        each_vector(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            normalise<T, V>(x + c, stride, m, at + c, size, v, lanes);
+            for (int i = 0; i < V; ++i)
+                store_codes(y + i * channels + c, round_even(v[i]) + codes.zero_point, codes.lowest, lanes);
+        });
+    } else {  // NaN and infinities
+        const Codes careful = {folded ? 1.f : codes.scale, codes.zero_point, codes.lowest};
+        each_vector(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            normalise<T, V>(x + c, stride, m, at + c, size, v, lanes);
+            for (int i = 0; i < V; ++i) quantize_lanes(y + i * channels + c, v[i], careful, lanes);
+        });
+    }
 }
 
 template <class T>
 void rows_typed(const LayerNormParams& p, int64_t begin, int64_t end, const float* all, float* values) {
-    const int64_t size = layer_stride(p);
-    for (int64_t row = begin; row < end; ++row) {
-        const T* x = static_cast<const T*>(p.input) + row * p.row_stride;
-        int8_t* y = p.out.codes + row * p.channels;
-        const float* at = all + row / p.film_rows * layer_coefficients(p);
-        const Moments m = moments_of(p, x);
-        if (p.out.scale == nullptr) {
-            Range range;
-            each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                const vf v = normalised(x + c, m, at + c, size, lanes);
-                range.add(v);
-                store_lanes(values + c, v, lanes);
-            });
-            const Codes codes = codes_of(range, false);
-            p.out.out_scale[row] = codes.scale;
-            p.out.out_zero_point[row] = codes.zero_point;
-            each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                quantize_lanes(y + c, load_lanes(values + c, lanes), codes, lanes);
-            });
-            continue;
-        }
-        const Codes codes = codes_of(*p.out.scale, p.out.zero_point);
-        const bool finite = m.mean - m.mean == 0.f && m.rstd - m.rstd == 0.f;
-        if (finite && at[2 * size] != 0.f) {
-            each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                store_codes(y + c, round_even(within_codes(normalised(x + c, m, at + c, size, lanes))) + codes.zero_point, codes.lowest, lanes);
-            });
-        } else {  // NaN and infinities: with care
-            const float divisor = at[2 * size] != 0.f ? 1.f : codes.scale;
-            const Codes careful = {divisor, codes.zero_point, codes.lowest};
-            each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-                quantize_lanes(y + c, normalised(x + c, m, at + c, size, lanes), careful, lanes);
-            });
-        }
+    int64_t row = begin;
+    while (row < end) {
+        const int64_t film_end = (row / p.film_rows + 1) * p.film_rows;  // rows done together share a FiLM vector
+        const int64_t last = film_end < end ? film_end : end;
+        for (; row + kTogether <= last; row += kTogether) write_rows<T, kTogether>(p, row, all, values);
+        for (; row < last; ++row) write_rows<T, 1>(p, row, all, values);
     }
 }
 
