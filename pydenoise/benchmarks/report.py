@@ -39,6 +39,8 @@ def print_tables(result: dict, console: Console | None = None) -> None:
     ranges = console.width >= RANGES_FROM_WIDTH
     for group, records in groups.items():
         console.print(_group_table(result, group, records, ranges))
+    if "int8" in {provider["precision"] for provider in result["providers"].values()}:
+        console.print(_peers_table(result))
     console.print(CAPTION, style="dim", highlight=False)
     _print_noise(result, console)
     _print_troubles(result, console)
@@ -82,6 +84,26 @@ def _group_table(result: dict, group: str, records: list[dict], ranges: bool) ->
             table.add_row(label, providers[name]["label"], *_state_texts(state), *ratios, control, bars)
         table.add_section()
     return table
+
+
+def _peers_table(result: dict) -> Table:
+    """Every provider's own time and accuracy: coarser numbers are no fair price for speed."""
+    providers = result["providers"]
+    names = [n for n in providers if any("timing" in record["providers"].get(n, {}) for record in result["cases"])]
+    table = Table(title="all: best time, error's signal-to-noise ratio in dB", title_justify="left")
+    table.add_column("case", no_wrap=True)
+    for name in names:
+        table.add_column(providers[name]["label"], justify="right")
+    for record in result["cases"]:
+        table.add_row(record["key"], *(_peer_text(record["providers"].get(name, {})) for name in names))
+    return table
+
+
+def _peer_text(state: dict) -> str:
+    if "timing" not in state:
+        return "–"
+    ratio = state.get("snr_db")
+    return seconds_text(state["timing"]["min_s"]) + ("" if ratio is None else f"\n{ratio:.0f} dB")
 
 
 def _state_texts(state: dict) -> tuple[str, str, str, str]:

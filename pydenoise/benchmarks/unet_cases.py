@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
 from pydenoise.benchmarks.cases import Bar, Case
 from pydenoise.benchmarks.peaks import Peaks
@@ -31,16 +30,26 @@ class UnetBench(Case):
 
 @lru_cache
 def operations(name: str, batch: int) -> float | None:
-    """Of the convolutions and linear layers, a multiply-add counted as two; attention's own products are not in it."""
+    """Of the Conv2d and Linear modules, a multiply-add counted as two; attention's own products are not in it.
+
+    ``None`` where the network cannot be built here.
+    """
     try:
         workload = build_workload(name, batch)
     except Skip:
         return None
-    network, inputs = workload.network.to("meta"), [tensor.to("meta") for tensor in workload.inputs]
-    with FlopCounterMode(display=False) as counter:
-        network(*inputs)
-    kinds = (torch.ops.aten.convolution, torch.ops.aten.addmm, torch.ops.aten.mm)
-    return float(sum(counter.get_flop_counts()["Global"].get(kind, 0) for kind in kinds))
+    work = 0.0
+
+    def add(module: nn.Module, _, output: Tensor) -> None:
+        nonlocal work
+        work += 2.0 * output.numel() * module.weight[0].numel()
+
+    network = workload.network.to("meta")
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(add)
+    network(*(tensor.to("meta") for tensor in workload.inputs))
+    return work
 
 
 def _bars(int8: float, fp32: float | None = None) -> tuple[Bar, ...]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pydenoise.benchmarks.providers import Skip, require
+from pydenoise.benchmarks.providers import require
 
 CALIBRATION_BATCHES = 4
 
@@ -147,17 +147,25 @@ def _started(network: nn.Module) -> nn.Module:
     return network
 
 
-def _of_models(name: str) -> Callable[[], nn.Module]:
-    """A network class of ``pydenoise.models`` with its default configuration."""
+def _cunet() -> nn.Module:
+    from pydenoise.models import CUNet
 
-    def build() -> nn.Module:
-        import pydenoise.models as models
+    return _started(CUNet())
 
-        if not hasattr(models, name):
-            raise Skip(f"pydenoise.models has no {name}")
-        return getattr(models, name)()
 
-    return build
+def _terrain() -> nn.Module:
+    from pydenoise.models import TerrainDenoiser
+
+    return TerrainDenoiser()
+
+
+def _heightfield(size: int):
+    def sample(batch: int, generator: torch.Generator, number: int) -> tuple[Tensor, ...]:
+        sigma = torch.full((batch,), (2.0, 80.0, 10.0, 2.0, 0.5)[number % 5])
+        noise = torch.randn(batch, 1, size, size, generator=generator)
+        return noise * sigma[:, None, None, None], sigma, torch.full((batch,), 0.5)
+
+    return sample
 
 
 def _picture(channels: int, size: int, sigma: float | None = None):
@@ -174,6 +182,8 @@ WORKLOADS: dict[str, tuple[Callable[[], nn.Module], Sample]] = {
     "conditional": (_conditional, _noise_and_text(32)),
     "dncnn": (lambda: _dncnn(channels=1, features=64, depth=17), _picture(1, 256)),
     "ffdnet": (lambda: _ffdnet(channels=3), _picture(3, 256, 25 / 255)),
+    "cunet": (_cunet, _picture(3, 256 + 2 * 28)),  # it cuts off 28 pixels at every side
+    "terrain": (_terrain, _heightfield(128)),
     "tiny-unet": (lambda: _ddpm_cifar10((16, 32), 8, 8), _noise(3, 8)),
     "tiny-conditional": (lambda: _conditional((16, 32), 8, 8), _noise_and_text(8, 5)),
     "tiny-dncnn": (lambda: _dncnn(channels=1, features=8, depth=3), _picture(1, 16)),
