@@ -13,6 +13,7 @@
 #include "../core/pool.h"
 #include "../core/tape.h"
 #include "../core/threads.h"
+#include "../int8_conv2d/dispatch.h"
 #include "../weighted_conv/dispatch.h"
 
 namespace py = pybind11;
@@ -53,6 +54,9 @@ py::list variants() {
             rows.append(py::make_tuple("weighted_conv", pdn::isa_name(isa), set.algorithms[i].name));
         for (int i = 0; i < set.grad_algorithm_count; ++i)
             rows.append(py::make_tuple("weighted_conv_backward", pdn::isa_name(isa), set.grad_algorithms[i].name));
+        const auto& int8_set = pdn::int8_conv2d::kernel_set(isa);
+        for (int i = 0; i < int8_set.algorithm_count; ++i)
+            rows.append(py::make_tuple("int8_conv2d", pdn::isa_name(isa), int8_set.algorithms[i].name));
     }
     return rows;
 }

@@ -48,14 +48,18 @@ void dense_pack(const ConvParams& p, const int8_t* weight, void* packed, int64_t
         int32_t* sums = reinterpret_cast<int32_t*>(to + layout.weight_bytes(width));
         for (int64_t o = 0; o < lanes; ++o) {
             const int8_t* row = first + o * p.in_channels * layout.taps;
-            for (int64_t c = 0; c < p.in_channels; ++c) {
-                const int64_t step = c / kChannels, part = c % kChannels;
-                for (int64_t tap = 0; tap < layout.taps; ++tap) {
-                    const int8_t value = row[c * layout.taps + tap];
-                    weights[((tap * layout.steps + step) * width + o) * kChannels + part] = value;
-                    sums[tap * width + o] += value;
-                    sums[layout.taps * width + o] += value;
+            for (int64_t tap = 0; tap < layout.taps; ++tap) {
+                Weight* at = weights + (tap * layout.steps * width + o) * kChannels;
+                int32_t sum = 0;
+                int64_t c = 0;
+                for (; c + kChannels <= p.in_channels; c += kChannels, at += width * kChannels) {
+                    Weight step[kChannels];  // stored as one word
+                    for (int i = 0; i < kChannels; ++i) sum += step[i] = row[(c + i) * layout.taps + tap];
+                    std::memcpy(at, step, sizeof step);
                 }
+                for (int i = 0; c < p.in_channels; ++i, ++c) sum += at[i] = row[c * layout.taps + tap];
+                sums[tap * width + o] = sum;
+                sums[layout.taps * width + o] += sum;
             }
         }
     }
