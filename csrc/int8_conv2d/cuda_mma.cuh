@@ -28,7 +28,8 @@ struct PaddingTable {
 __device__ const PaddingTable padding_table{};
 
 __device__ __forceinline__ const int8_t* padding_row(const Problem& p) {
-    return padding_table.rows[(p.zero_point && !p.per_pixel ? *p.zero_point : 0) + 128];
+    const int zero_point = p.zero_point && !p.per_pixel ? *p.zero_point : 0;  // a device value, which nobody checked
+    return padding_table.rows[(zero_point < -128 ? -128 : zero_point > 127 ? 127 : zero_point) + 128];
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
