@@ -27,7 +27,7 @@ help:
 	@echo "make demo       denoise real photographs with torch and with pydenoise: a table, and demo/denoised.png"
 	@echo "make test       the test suite (PYTEST_ARGS='-k tiles' and the like are passed on)"
 	@echo "make test-slow  the tests that take long or need much memory"
-	@echo "make bench      time everything (SUITE=weighted_conv or networks: only that)"
+	@echo "make bench      time everything (SUITE=unet or another: only that)"
 	@echo "make lint       ruff and clang-format: check;  make format: rewrite"
 	@echo "make clean      remove build products, $(VENV) and downloaded files stay"
 

@@ -117,7 +117,7 @@ def test_a_network_that_is_not_there_is_skipped_with_the_reason(monkeypatch):
         unet_cases.operations.cache_clear()
 
 
-@pytest.mark.parametrize("key", ["unet/tiny-dncnn", "unet/tiny-unet"])
+@pytest.mark.parametrize("key", ["unet/tiny-dncnn", pytest.param("unet/tiny-unet", marks=pytest.mark.slow)])
 def test_ours_and_torch_agree_with_the_reference(key):
     if key != "unet/tiny-dncnn":
         pytest.importorskip("diffusers")
