@@ -214,7 +214,8 @@ def _quantize_launch(variant: _tiles.Variant, name: str, dtype: torch.dtype) -> 
 
 def _columns(variant: _tiles.Variant, name: str) -> int:
     """Channels that the variant's block of columns is made for; ``long`` ones do not fit any block."""
-    return 6000 if name == "long" else max(32, dict(variant.meta)["BLOCK_C"] * 5 // 8)
+    block = dict(variant.meta)["BLOCK_C"]
+    return 6000 if name == "long" else block if block < 64 else block * 3 // 4
 
 
 def _group_norm_launches(variant: _tiles.Variant, name: str, dtype: torch.dtype) -> list[_tiles.Launch]:
