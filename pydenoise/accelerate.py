@@ -11,7 +11,6 @@ from torch import nn
 
 from pydenoise.nn.fused_conv import FUSED
 from pydenoise.ops import registry
-from pydenoise.ops import weighted_conv as op
 from pydenoise.quantization import Calibration, Scheme
 from pydenoise.quantization.choose import TARGET_DB
 from pydenoise.surgery import chains, layers, modules
@@ -21,6 +20,7 @@ from pydenoise.surgery.graphs import GraphSurgeon
 from pydenoise.surgery.int8 import Int8Acceleration
 from pydenoise.surgery.policy import PRECISIONS, Policy
 from pydenoise.surgery.report import AccelerationReport, Errors, Kept, Swap
+from pydenoise.surgery.watch import Watch
 
 __all__ = ["AccelerationReport", "accelerate"]
 
@@ -128,7 +128,7 @@ class _Acceleration:
         self.model = nn.Sequential(model).eval() if alone else model
         self.options = (precision, keep)
         self.precision = precision
-        Policy(self.model, *self.options)  # bad patterns raise before anything runs
+        self._policy(self.model)  # bad patterns raise before anything runs
         self.notes: list[str] = []
 
     def run(self, measure: bool) -> tuple[nn.Module, AccelerationReport]:
@@ -157,6 +157,9 @@ class _Acceleration:
             )
         return result.model, report
 
+    def _policy(self, model: nn.Module) -> Policy:
+        return Policy(model, *self.options)
+
     # ------------------------------------------------------------------------------------------------- the ways
 
     def _ways(self) -> Iterator[tuple[str, Callable]]:
@@ -172,7 +175,7 @@ class _Acceleration:
         yield "modules", lambda: self._modules(follow=False, keep_layout=True)
 
     def _graph(self, stay_narrow: bool) -> tuple[nn.Module, list[Swap], list[Kept]]:
-        surgeon = GraphSurgeon(self.model, *self.example.fresh(), self.options, stay_narrow)
+        surgeon = GraphSurgeon(self.model, *self.example.fresh(), self._policy, stay_narrow)
         model = surgeon.operate(self._differs)
         return model.eval(), surgeon.swapped, surgeon.kept
 
@@ -194,7 +197,7 @@ class _Acceleration:
         except Untraceable as error:
             graph = None
             self._note(f"the model cannot be traced, so only nn.Sequential tells what follows what ({error})")
-        policy = Policy(model, *self.options)
+        policy = self._policy(model)
         return modules.swap_modules(model, policy, graph, follow=follow, keep_layout=keep_layout)
 
     def _try(self, mode: str, make: Callable) -> _Result | None:
@@ -208,7 +211,7 @@ class _Acceleration:
             return self._unchanged(kept)
         before = registry.fallbacks.copy()
         try:
-            with _watch(model, swapped):
+            with Watch(model, swapped):
                 output = self.example.run(model)
         except Exception as error:  # the model's own code may depend on what a swap changes: a type, a layout
             self._note(f"another way was taken, because the accelerated model failed: {type(error).__name__}: {error}")
@@ -232,7 +235,7 @@ class _Acceleration:
     def _unchanged(self, kept: list[Kept] | None = None) -> _Result:
         model = self.original if self.inplace else copy.deepcopy(self.original)
         if kept is None:
-            policy = Policy(self.model, *self.options)
+            policy = self._policy(self.model)
             kept = [
                 modules.keep_entry(name, module, policy)
                 for name, module in self.model.named_modules()
@@ -263,34 +266,3 @@ class _Acceleration:
         ours, own = (compare(output, exact) for output in (self.example.run(result.model), self.expected))
         if isinstance(ours, Errors) and isinstance(own, Errors):
             report.error_float64, report.original_error_float64 = ours, own
-
-
-class _watch:
-    """While the example runs, note the backend and the kernel that each fused layer takes."""
-
-    def __init__(self, model: nn.Module, swapped: list[Swap]):
-        self.layers = [(swap, model.get_submodule(swap.name)) for swap in swapped]
-
-    def __enter__(self) -> None:
-        self.handles = [layer.register_forward_pre_hook(self._hook(swap)) for swap, layer in self.layers]
-
-    def __exit__(self, *exception) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    @staticmethod
-    def _hook(swap: Swap) -> Callable:
-        def note(layer, arguments):
-            x = arguments[0]
-            swap.shape, swap.kernel = tuple(x.shape), layer.kernel
-            if swap.kernel != "chosen per call":
-                swap.backend = "cpu"
-                return
-            row = op.prepare(
-                layer.dims, x.to(layer.weight.dtype), layer.weight, None, layer.bias, None, layer.stride, layer.padding,
-                layer.dilation, layer.groups, layer.activation,
-            )  # fmt: skip
-            chosen = next((name for name, reason in registry.verdicts(op.OP, row) if reason is None), "none")
-            swap.backend = f"{chosen} (plain torch)" if chosen == registry.REFERENCE else chosen
-
-        return note

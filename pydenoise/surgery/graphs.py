@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch import fx, nn
@@ -20,17 +21,21 @@ _SMALL_TALK = ("getattr", "getitem")
 class GraphSurgeon:
     """Turns a copy of ``model`` into a ``torch.fx.GraphModule`` of fused layers.
 
-    ``stay_narrow``: with precision "bf16", values stay in bfloat16 between layers; otherwise every fused layer returns
-    the model's own dtype. After :meth:`operate`: ``swapped`` and ``kept``.
+    ``make_policy`` makes the policy of the copy. ``stay_narrow``: with precision "bf16", values stay in bfloat16
+    between layers; otherwise every fused layer returns the model's own dtype. After :meth:`operate`: ``swapped``,
+    ``kept``, and ``sources`` (name of a fused layer -> of its convolution).
     """
 
-    def __init__(self, model: nn.Module, args: tuple, kwargs: dict, policy_options: tuple, stay_narrow: bool):
+    def __init__(
+        self, model: nn.Module, args: tuple, kwargs: dict, make_policy: Callable[[nn.Module], Policy], stay_narrow: bool
+    ):
         self.model = copy.deepcopy(model)
         self.args, self.kwargs = args, kwargs
-        self.policy = Policy(self.model, *policy_options)
+        self.policy = make_policy(self.model)
         self.stay_narrow = stay_narrow
         self.swapped: list[Swap] = []
         self.kept: list[Kept] = []
+        self.sources: dict[str, str] = {}
         self._fused: set[fx.Node] = set()
         self._narrow: set[fx.Node] = set()  # values in bfloat16 that the original had in another dtype
         self._names: dict[tuple, str] = {}
@@ -129,7 +134,7 @@ class GraphSurgeon:
         name = self._free_name(chain.conv.target)
         parent, _, attribute = name.rpartition(".")
         self.model.get_submodule(parent).add_module(attribute, layer)
-        self._names[key] = name
+        self._names[key], self.sources[name] = name, chain.conv.target
         self.swapped.append(_swap(name, conv, chain, self.modules, layer))
         return name
 

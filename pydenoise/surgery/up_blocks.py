@@ -1,6 +1,9 @@
 """The decoder blocks of diffusers' U-Nets, without their concatenations."""
 
+import torch
 from torch import Tensor, nn
+
+from pydenoise.nn.int8_resnet import Int8ResnetBlock
 
 _FREEU = ("s1", "s2", "b1", "b2")
 
@@ -8,6 +11,13 @@ _FREEU = ("s1", "s2", "b1", "b2")
 def is_up_block(module: nn.Module) -> bool:
     """Whether ``module`` is a diffusers block that concatenates skip connections in front of its residual blocks."""
     return type(module).__name__ in ("UpBlock2D", "AttnUpBlock2D", "CrossAttnUpBlock2D")
+
+
+def _with_skip(resnet: nn.Module, hidden_states: Tensor, temb: Tensor | None, skip: Tensor) -> Tensor:
+    """``resnet`` on both inputs; one that stayed in float takes them concatenated."""
+    if isinstance(resnet, Int8ResnetBlock) and resnet.skip_channels:
+        return resnet(hidden_states, temb, skip)
+    return resnet(torch.cat([hidden_states, skip], dim=1), temb)
 
 
 class ConcatFreeUpBlock(nn.Module):
@@ -47,8 +57,7 @@ class ConcatFreeUpBlock(nn.Module):
                 upsample_size, attention_mask, encoder_attention_mask,
             )  # fmt: skip
         for index, resnet in enumerate(self.resnets):
-            skip = res_hidden_states_tuple[-1 - index]
-            hidden_states = resnet(hidden_states, temb, skip)
+            hidden_states = _with_skip(resnet, hidden_states, temb, res_hidden_states_tuple[-1 - index])
             if self.attentions is None:
                 continue
             attention = self.attentions[index]
