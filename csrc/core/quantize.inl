@@ -208,32 +208,35 @@ PDN_INLINE Codes codes_of(const Range& range, bool symmetric) {
 
 constexpr float kMinusLog2e = -1.44269504088896341f;
 
-// 1 + 2^t, to about 5e-7 relative; t counts as at least -120 and at most 120, and NaN as 120.
-PDN_INLINE vf one_plus_exp2(vf t) {
+// v to -bound..bound; NaN becomes anything therein.
+PDN_INLINE vf within(vf v, float bound) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_range_ps((__m512)v, _mm512_set1_ps(bound), 2);  // the smaller magnitude, the sign of v
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps(_mm256_min_ps((__m256)v, _mm256_set1_ps(bound)), _mm256_set1_ps(-bound));
+#elif defined(__SSE2__)
+    return (vf)_mm_max_ps(_mm_min_ps((__m128)v, _mm_set1_ps(bound)), _mm_set1_ps(-bound));
+#else
+    return vmax(vmin(v, splat(bound)), splat(-bound));
+#endif
+}
+
+// plus + 2^t for a number `plus`, to about 5e-7 relative; t counts as at least -120 and at most 120, and NaN as either.
+PDN_INLINE vf plus_exp2(float plus, vf t) {
+    const vf bounded = within(t, 120.f);
 #if defined(__AVX512F__)
     // t = k / 16 + r: 2^(k mod 16 / 16) from a table (less k mod 16 in the place to which k is shifted), 2^r - 1 by a
     // polynomial, fitted to 4e-7.
     const __m512i table = _mm512_setr_epi32(0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
                                             0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
                                             0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d);
-    const __m512 bounded = _mm512_range_ps((__m512)t, _mm512_set1_ps(120.f), 2);  // smaller magnitude, sign of t
-    const __m512 magic = _mm512_set1_ps(786432.f);                                // adding it rounds to 1 / 16
-    const __m512 shifted = _mm512_add_ps(bounded, magic);
-    const __m512 r = _mm512_sub_ps(bounded, _mm512_sub_ps(shifted, magic));
-    const __m512i k = _mm512_castps_si512(shifted);
-    const __m512i bits = _mm512_add_epi32(_mm512_permutexvar_epi32(k, table), _mm512_slli_epi32(k, 19));
-    const __m512 power = _mm512_castsi512_ps(bits);
-    const __m512 part =
-        _mm512_mul_ps(_mm512_fmadd_ps(r, _mm512_set1_ps(0.240226477f), _mm512_set1_ps(0.693187714f)), r);
-    return (vf)_mm512_fmadd_ps(power, part, _mm512_add_ps(power, _mm512_set1_ps(1.f)));
+    const vf magic = splat(786432.f);  // adding it rounds to 1 / 16
+    const vf shifted = bounded + magic;
+    const vf r = bounded - (shifted - magic);
+    const vf power = (vf)((vi)_mm512_permutexvar_epi32((__m512i)shifted, table) + ((vi)shifted << 19));
+    const vf part = (r * 0.240226477f + 0.693187714f) * r;
+    return power * part + (power + plus);
 #else
-#if defined(__AVX2__)
-    const vf bounded = (vf)_mm256_max_ps(_mm256_min_ps((__m256)t, _mm256_set1_ps(120.f)), _mm256_set1_ps(-120.f));
-#elif defined(__SSE2__)
-    const vf bounded = (vf)_mm_max_ps(_mm_min_ps((__m128)t, _mm_set1_ps(120.f)), _mm_set1_ps(-120.f));
-#else
-    const vf bounded = vmax(vmin(t, splat(120.f)), splat(-120.f));
-#endif
     const vf magic = splat(12582912.f);  // adding it rounds to an integer
     const vf shifted = bounded + magic;
     const vf r = bounded - (shifted - magic);
@@ -243,22 +246,60 @@ PDN_INLINE vf one_plus_exp2(vf t) {
     e = e * r + 2.40221202e-1f;
     e = e * r + 6.93146944e-1f;
     e = e * r + 1.00000012f;
-    return 1.f + e * (vf)(((vi)shifted - (vi)magic + 127) << 23);
+    return plus + e * (vf)(((vi)shifted - (vi)magic + 127) << 23);
+#endif
+}
+
+PDN_INLINE vf one_plus_exp2(vf t) { return plus_exp2(1.f, t); }
+
+// The larger of x and a number; NaN stays NaN.
+PDN_INLINE vf at_least(vf x, float least) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps(_mm512_set1_ps(least), (__m512)x);  // the second operand where one is NaN
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps(_mm256_set1_ps(least), (__m256)x);
+#elif defined(__SSE2__)
+    return (vf)_mm_max_ps(_mm_set1_ps(least), (__m128)x);
+#else
+    return select(x < least, splat(least), x);
 #endif
 }
 
 // x * logistic(x); 0 for minus infinity, NaN stays NaN.
-PDN_INLINE vf fast_silu(vf x) {
-#if defined(__AVX512F__)
-    const vf bounded = (vf)_mm512_max_ps(_mm512_set1_ps(-120.f), (__m512)x);  // the second operand where one is NaN
-#elif defined(__AVX2__)
-    const vf bounded = (vf)_mm256_max_ps(_mm256_set1_ps(-120.f), (__m256)x);
-#elif defined(__SSE2__)
-    const vf bounded = (vf)_mm_max_ps(_mm_set1_ps(-120.f), (__m128)x);
-#else
-    const vf bounded = select(x < -120.f, splat(-120.f), x);
-#endif
-    return bounded / one_plus_exp2(x * kMinusLog2e);
+PDN_INLINE vf fast_silu(vf x) { return at_least(x, -120.f) / one_plus_exp2(x * kMinusLog2e); }
+
+// As fast_silu.
+PDN_INLINE vf fast_gelu_tanh(vf x) {
+    const vf twice_inner = x * (x * x * 0.0713548162726f + 1.5957691216057308f);
+    return at_least(x, -60.f) / one_plus_exp2(twice_inner * kMinusLog2e);
+}
+
+// max(x, 0) - |x| Q(|x|) with the normal distribution's tail Q(a) = exp(-a^2 / 2) * polynomial(1 / (1 + 0.28 a)), to
+// about 1e-7; 0 for minus infinity, NaN stays NaN.
+PDN_INLINE vf fast_gelu(vf x) {
+    const vf a = (vf)((vi)within(x, 16.f) & 0x7fffffff);
+    const vf t = 1.f / (1.f + 0.28f * a);
+    vf tail = splat(-0.107555062f);
+    tail = tail * t + 0.396990687f;
+    tail = tail * t - 0.248519033f;
+    tail = tail * t + 0.278183192f;
+    tail = tail * t + 0.0637911186f;
+    tail = tail * t + 0.117109053f;
+    return at_least(x, 0.f) - (a * t) * tail * plus_exp2(0.f, a * a * (0.5f * kMinusLog2e));
+}
+
+// `activation` numbers as in epilogue.inl, errors about 1e-7 of max(1, |x|).
+PDN_INLINE vf fast_activate(vf x, int activation) {
+    switch (activation) {
+        case 2:
+            return fast_silu(x);
+        case 3:
+            return fast_gelu(x);
+        case 4:
+            return fast_gelu_tanh(x);
+        default:
+            return activate(x, activation);
+    }
 }
 
 }  // namespace

@@ -275,8 +275,7 @@ PDN_INLINE void values_of(const T* x, int64_t stride, const float* at, int64_t s
     for (int i = 0; i < V; ++i) v[i] = v[i] * gain + offset;
     if constexpr (kFolded && A == Activation::none) return;
     const vf factor = slot(kFactor);
-    for (int i = 0; i < V; ++i)
-        v[i] = (A == Activation::silu ? fast_silu(v[i]) : activate(v[i], static_cast<int>(A))) * factor;
+    for (int i = 0; i < V; ++i) v[i] = fast_activate(v[i], static_cast<int>(A)) * factor;
 }
 
 // `V` pixels of one panel under the given scale.

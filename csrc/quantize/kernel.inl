@@ -8,17 +8,33 @@ namespace pdn {
 namespace quantize {
 namespace {
 
-// activation(input) * channel_scale of the vector at channel `c` of a row.
-template <class T, Activation A, class Lanes>
-PDN_INLINE vf transformed(const QuantizeParams& p, const T* x, int64_t c, Lanes lanes) {
-    vf v = load_lanes(x + c, lanes);
-    if constexpr (A == Activation::silu)
-        v = fast_silu(v);
-    else if constexpr (A == Activation::geglu)
-        v = v * gelu(load_lanes(x + p.channels + c, lanes));
+// activation(input) * channel_scale of `V` adjacent vectors, the first at channel `c` of a row.
+template <class T, Activation A, int V, class Lanes>
+PDN_INLINE void transformed(const QuantizeParams& p, const T* x, int64_t c, vf* v, Lanes lanes) {
+    for (int i = 0; i < V; ++i) v[i] = load_lanes(x + c + i * kWidth, lanes);
+    if constexpr (A == Activation::geglu) {
+        for (int i = 0; i < V; ++i) v[i] = v[i] * fast_gelu(load_lanes(x + p.channels + c + i * kWidth, lanes));
+    } else {
+        for (int i = 0; i < V; ++i) v[i] = fast_activate(v[i], static_cast<int>(A));
+    }
+    if (p.channel_scale)
+        for (int i = 0; i < V; ++i) v[i] = v[i] * load_lanes(p.channel_scale + c + i * kWidth, lanes);
+}
+
+// As each_vector, with kTogether vectors at once as long as there are so many: body(Vectors, first channel, lanes).
+template <int V>
+struct Vectors {};
+
+template <class Body>
+PDN_INLINE void each_stretch(int64_t channels, const Body& body) {
+    int64_t c = 0;
+    for (; c + kTogether * kWidth <= channels; c += kTogether * kWidth) body(Vectors<kTogether>{}, c, AllLanes{});
+    for (; c + kWidth <= channels; c += kWidth) body(Vectors<1>{}, c, AllLanes{});
+    if (c == channels) return;
+    if (channels < kWidth)
+        body(Vectors<1>{}, static_cast<int64_t>(0), static_cast<int>(channels));
     else
-        v = activate(v, static_cast<int>(A));
-    return p.channel_scale ? v * load_lanes(p.channel_scale + c, lanes) : v;
+        body(Vectors<1>{}, channels - kWidth, AllLanes{});
 }
 
 template <class T, Activation A>
@@ -28,9 +44,12 @@ void quantize_given(const QuantizeParams& p, int64_t begin, int64_t end) {
         int8_t* y = p.output + row * p.channels;
         const int64_t at = row * p.scale_step;
         const Codes codes = codes_of(p.scale[at], p.zero_point ? p.zero_point + at : nullptr);
-        each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-            quantize_lanes(y + c, transformed<T, A>(p, x, c, lanes), codes, lanes);
-        });
+        const auto some = [&]<int V>(Vectors<V>, int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            transformed<T, A, V>(p, x, c, v, lanes);
+            for (int i = 0; i < V; ++i) quantize_lanes(y + c + i * kWidth, v[i], codes, lanes);
+        };
+        each_stretch(p.channels, some);
     }
 }
 
@@ -42,11 +61,14 @@ void quantize_dynamic(const QuantizeParams& p, int64_t begin, int64_t end, float
         const T* x = static_cast<const T*>(p.input) + row * p.row_stride;
         int8_t* y = p.output + row * p.channels;
         Range range;
-        each_vector(p.channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-            const vf v = transformed<T, A>(p, x, c, lanes);
-            range.add(v);
-            if (!plain) store_lanes(values + c, v, lanes);
-        });
+        const auto add = [&]<int V>(Vectors<V>, int64_t c, auto lanes) __attribute__((always_inline)) {
+            vf v[V];
+            transformed<T, A, V>(p, x, c, v, lanes);
+            for (int i = 0; i < V; ++i) range.add(v[i]);
+            if (plain) return;
+            for (int i = 0; i < V; ++i) store_lanes(values + c + i * kWidth, v[i], lanes);
+        };
+        each_stretch(p.channels, add);
         const Codes codes = codes_of(range, p.symmetric);
         p.out_scale[row] = codes.scale;
         p.out_zero_point[row] = codes.zero_point;
