@@ -279,7 +279,7 @@ _NAMES = ("BLOCK_P", "BLOCK_C")
 _LONGEST_ROW = 4096  # channels that one block holds
 _PART = 256  # pixels below which the statistics of an image are not split further
 _ROW_TILES = [
-    (32, 64, 4, 1), (16, 128, 4, 1), (8, 256, 4, 1), (8, 512, 8, 1), (4, 1024, 8, 1), (2, 2048, 8, 1), (1, 4096, 8, 1),
+    (32, 64, 4, 1), (16, 128, 4, 1), (8, 256, 4, 1), (8, 512, 8, 1), (4, 1024, 8, 1), (2, 2048, 8, 1), (1, 4096, 16, 1),
 ]  # fmt: skip
 _STATISTICS_TILES = [(32, 64, 4, 2), (64, 64, 8, 2), (16, 128, 4, 2), (32, 32, 4, 2), (128, 16, 4, 2)]
 _KEYS = ("tune", "channels", "x_c", "ACTIVATION")
