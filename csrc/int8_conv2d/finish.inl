@@ -90,15 +90,27 @@ PDN_INLINE void store_value(int8_t* to, vf y, int lanes, const FinishTask& t) {
     store_codes(to, code_of(y, t.out_scale, t.out_zero, t.out_low), lanes);
 }
 
+struct Row {  // per_row: the pixel's own
+    vi zero = vi{};
+    vf scale = vf{};
+};
+
+template <Sums kSums>
+PDN_INLINE Row row_at(const FinishTask& t, int m) {
+    if constexpr (kSums == Sums::per_row)
+        return {splat_lanes(kOffset + (t.row_zeros ? t.row_zeros[m] : 0)), splat(t.row_scales[m])};
+    return {};
+}
+
 // One vector of outputs. kActivation: 0 none, 1 relu, -1 any.
 template <Sums kSums, class T, int kActivation>
-PDN_INLINE void finish_vector(const FinishTask& t, const void* sum, vi correction, vf scale, vf shift, vi row_zero,
-                              vf row_scale, int64_t residual_at, T* to, int lanes) {
+PDN_INLINE void finish_vector(const FinishTask& t, const void* sum, vi correction, vf scale, vf shift, const Row& row,
+                              int64_t residual_at, T* to, int lanes) {
     vf y;
     if constexpr (kSums == Sums::rescaled) {
         y = load(static_cast<const float*>(sum));
     } else if constexpr (kSums == Sums::per_row) {
-        y = __builtin_convertvector(load_lanes(sum) + correction * row_zero, vf) * row_scale;
+        y = __builtin_convertvector(load_lanes(sum) + correction * row.zero, vf) * row.scale;
     } else {
         y = __builtin_convertvector(load_lanes(sum) + correction, vf);
     }
@@ -109,16 +121,14 @@ PDN_INLINE void finish_vector(const FinishTask& t, const void* sum, vi correctio
     store_value(to, y, lanes, t);
 }
 
-// kVectors: vectors per pixel, all of them full; 0: any number of lanes.
+// Pixels of kVectors full vectors: what belongs to the channels stays in registers.
 template <Sums kSums, class T, int kActivation, int kVectors>
-PDN_INLINE void finish_pixels(const FinishTask& given) {
-    const FinishTask t = given;  // stores to the output cannot change a copy: what it holds stays in registers
+PDN_INLINE void finish_full(const FinishTask& t) {
     const Channels& c = *t.channels;
-    constexpr int kHeld = kVectors > 0 ? kVectors : kBlock;
-    vi correction[kHeld];
-    vf scale[kHeld], shift[kHeld];
+    vi correction[kVectors];
+    vf scale[kVectors], shift[kVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kHeld; ++j) {
+    for (int j = 0; j < kVectors; ++j) {
         correction[j] = load_lanes(c.correction + j * kWidth);
         scale[j] = load(c.scale + j * kWidth);
         shift[j] = load(c.shift + j * kWidth);
@@ -127,19 +137,11 @@ PDN_INLINE void finish_pixels(const FinishTask& given) {
     T* to = static_cast<T*>(t.output);
     int64_t residual_at = 0;
     for (int m = 0; m < t.pixels; ++m) {
-        vi row_zero = vi{};
-        vf row_scale = vf{};
-        if constexpr (kSums == Sums::per_row) {
-            row_zero = splat_lanes(kOffset + (t.row_zeros ? t.row_zeros[m] : 0));
-            row_scale = splat(t.row_scales[m]);
-        }
+        const Row row = row_at<kSums>(t, m);
 #pragma GCC unroll 2
-        for (int j = 0; j < kHeld; ++j) {
-            const int lanes = kVectors > 0 ? kWidth : t.lanes - j * kWidth;
-            if (lanes <= 0) break;
-            finish_vector<kSums, T, kActivation>(t, sums + j * kWidth * 4, correction[j], scale[j], shift[j], row_zero,
-                                                 row_scale, residual_at + j * kWidth, to + j * kWidth, lanes);
-        }
+        for (int j = 0; j < kVectors; ++j)
+            finish_vector<kSums, T, kActivation>(t, sums + j * kWidth * 4, correction[j], scale[j], shift[j], row,
+                                                 residual_at + j * kWidth, to + j * kWidth, kWidth);
         sums += t.pitch * 4;
         to += t.out_stride;
         residual_at += t.residual_stride;
@@ -147,13 +149,26 @@ PDN_INLINE void finish_pixels(const FinishTask& given) {
 }
 
 template <Sums kSums, class T, int kActivation>
-void finish(const FinishTask& t) {
-    if (t.lanes == kBlock * kWidth)
-        finish_pixels<kSums, T, kActivation, kBlock>(t);
-    else if (t.lanes == kWidth)
-        finish_pixels<kSums, T, kActivation, 1>(t);
-    else
-        finish_pixels<kSums, T, kActivation, 0>(t);
+PDN_INLINE void finish_any(const FinishTask& t) {
+    const Channels& c = *t.channels;
+    for (int m = 0; m < t.pixels; ++m) {
+        const Row row = row_at<kSums>(t, m);
+        for (int from = 0; from < t.lanes; from += kWidth)
+            finish_vector<kSums, T, kActivation>(t, static_cast<const char*>(t.sums) + (m * t.pitch + from) * 4,
+                                                 load_lanes(c.correction + from), load(c.scale + from),
+                                                 load(c.shift + from), row, m * t.residual_stride + from,
+                                                 static_cast<T*>(t.output) + m * t.out_stride + from, t.lanes - from);
+    }
+}
+
+template <Sums kSums, class T, int kActivation>
+void finish(const FinishTask& given) {
+    const FinishTask t = given;        // stores to the output cannot change a copy: what it holds stays in registers
+    if constexpr (kActivation >= 0) {  // the others take their time anyway, and are large
+        if (t.lanes == kBlock * kWidth) return finish_full<kSums, T, kActivation, kBlock>(t);
+        if (t.lanes == kWidth) return finish_full<kSums, T, kActivation, 1>(t);
+    }
+    finish_any<kSums, T, kActivation>(t);
 }
 
 // int32 output: the sums themselves.
