@@ -5,16 +5,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pydenoise import _native
+from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import Backend
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 _SKINNY_IN, _SKINNY_OUT, _DEPTHWISE = 0, 1, 2
 # csrc/weighted_conv/cuda.h: kMaxSkinny, and kMaxSharedBytes / 4 / kChannelBlock, the weights per channel that fit.
 _MAX_SKINNY = 4
 _MAX_STAGED = 768
-_MIN_CAPABILITY = (8, 0)
 
 
 def _kind(in_channels: int, out_channels: int, groups: int) -> int | None:
@@ -27,21 +24,7 @@ def _kind(in_channels: int, out_channels: int, groups: int) -> int | None:
 
 
 def _unsupported_tensors(tensor: Tensor) -> str | None:
-    reason = _native.cuda_extension().reason
-    if reason is not None:
-        return reason
-    if not tensor.is_cuda:
-        return f"tensors are on {tensor.device.type}, not on a CUDA device"
-    if torch.version.hip is not None:
-        return "torch is built for ROCm, not for CUDA"
-    if tensor.dtype not in _DTYPES:
-        return f"dtype {tensor.dtype} is not float32, float16 or bfloat16"
-    if tensor.layout != torch.strided:
-        return f"layout {tensor.layout} is not strided"
-    capability = torch.cuda.get_device_capability(tensor.device)
-    if capability < _MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
-    return None
+    return _cuda.unsupported(tensor, _cuda.FLOATS)
 
 
 def _unsupported(
@@ -116,7 +99,7 @@ def _run(input, weight, density, bias, residual, stride, padding, dilation, grou
         output,
         [*stride, *padding, *dilation, *kernel],
         _kind(input.shape[1], weight.shape[0], groups),
-        _ACTIVATIONS[activation],
+        _cuda.ACTIVATIONS[activation],
     )
     return _as_declared(output)
 
