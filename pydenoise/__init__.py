@@ -15,6 +15,8 @@ _NAMES = {
     "AccelerationReport": "pydenoise.accelerate",
     "density": "pydenoise.densities",
     "explain": "pydenoise.explain",
+    "load_quantized": "pydenoise.surgery.checkpoint",
+    "save_quantized": "pydenoise.surgery.checkpoint",
     "BackendUnavailable": "pydenoise.ops.registry",
     "FallbackWarning": "pydenoise.ops.registry",
 }

@@ -590,7 +590,7 @@ def test_bad_arguments():
     model, x = conv(3, 3).eval(), torch.randn(1, 3, 4, 4)
     with pytest.raises(TypeError, match="model: expected a torch.nn.Module"):
         pdn.accelerate(lambda x: x, x)
-    for precision in ("int8", "fp16", None):
+    for precision in ("int4", "fp16", None):
         with pytest.raises(ValueError, match="precision: expected one of 'fp32', 'bf16'"):
             pdn.accelerate(model, x, precision)
     with pytest.raises(ValueError, match="eval"):
