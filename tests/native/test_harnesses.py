@@ -33,7 +33,7 @@ FLOAT_LEVELS = ["baseline", "avx2", "avx512"]
 INT8 = ["int8_conv2d_harness.cpp"]  # what has bodies of its own for VNNI
 RUNS = [(harness, level) for harness in HARNESSES for level in (LEVELS if harness in INT8 else FLOAT_LEVELS)]
 EMULATED = {"baseline": "Nehalem", "avx2": "Haswell"}
-SANITIZERS = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
