@@ -116,16 +116,21 @@ class _Recorder(TorchDispatchMode):
         elif func in _READS_A_VALUE or torch.Tag.dynamic_output_shape in func.tags:
             if depends:
                 raise Unrecordable(f"the forward reads values back from a tensor ({func})")
-        elif not self._moves_nothing(func):
+        elif not self._moves_nothing(func, inputs, outputs):
             self._note_torch(func, args, kwargs, inputs, outputs, depends)
         return result
 
     @staticmethod
-    def _moves_nothing(func) -> bool:
-        """Views: the data they show is computed by the steps that write it."""
+    def _moves_nothing(func, inputs: list[Tensor], outputs: list[Tensor]) -> bool:
+        """Views: the data they show is computed by the steps that write it.
+
+        Under ``torch.inference_mode`` operations such as ``contiguous`` and ``reshape`` arrive whole, and what is
+        declared a view may be a copy: then the output's memory is not an input's.
+        """
         returns = func._schema.returns
         aliased = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        return aliased or func in _MOVES_NOTHING
+        seen = {_storage(t) for t in inputs}
+        return (aliased or func in _MOVES_NOTHING) and all(_storage(t) in seen for t in outputs)
 
     def _note_kernel(self, func, before: int, outputs: list[Tensor], depends: bool) -> None:
         if self.tape.refusal:

@@ -50,13 +50,14 @@ def inputs(*shape: int) -> torch.Tensor:
     return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
 
 
-def test_replays_give_the_forward_s_own_results(model):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])  # operations arrive whole in the latter
+def test_replays_give_the_forward_s_own_results(model, mode):
     own, x = copy.deepcopy(model), inputs(1, 3, 12, 14)
     recorded = record_forward(model)
     for shape in ((1, 3, 12, 14), (2, 3, 9, 7), (1, 3, 12, 14), (0, 3, 8, 8)):
         for _ in range(3):
             x = inputs(*shape)
-            with torch.no_grad():
+            with mode():
                 assert same(model(x), own(x))
     assert not recorded.refusals
     assert len(recorded.recordings()) == 3
