@@ -20,6 +20,7 @@ LEVELS = {
     "avx2vnni_on_avx512": [*AVX2, "-mavxvnni", "-DPDN_EVEX_VNNI"],  # the same code, its one instruction in EVEX form
     "avx512": AVX512,
     "avx512vnni": [*AVX512, "-mavx512vnni"],
+    "avx512bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 NEEDS = {
     "baseline": [],
@@ -28,10 +29,14 @@ NEEDS = {
     "avx2vnni_on_avx512": ["avx512_vnni", "avx512vl"],
     "avx512": ["avx512f", "avx512bw", "avx512dq", "avx512vl"],
     "avx512vnni": ["avx512_vnni"],
+    "avx512bf16": ["avx512_bf16"],
 }
 FLOAT_LEVELS = ["baseline", "avx2", "avx512"]
-INT8 = ["int8_conv2d_harness.cpp"]  # what has bodies of its own for VNNI
-RUNS = [(harness, level) for harness in HARNESSES for level in (LEVELS if harness in INT8 else FLOAT_LEVELS)]
+OWN_LEVELS = {  # of harnesses whose kernels have bodies of their own for VNNI, or for products of bfloat16
+    "int8_conv2d_harness.cpp": [level for level in LEVELS if level != "avx512bf16"],
+    "attention_harness.cpp": [*FLOAT_LEVELS, "avx512bf16"],
+}
+RUNS = [(harness, level) for harness in HARNESSES for level in OWN_LEVELS.get(harness, FLOAT_LEVELS)]
 EMULATED = {"baseline": "Nehalem", "avx2": "Haswell"}
 SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
 
@@ -85,7 +90,7 @@ def test_on_an_older_processor(harness, level, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx512"])
-@pytest.mark.parametrize("op", ["weighted_conv", "int8_conv2d"])
+@pytest.mark.parametrize("op", ["weighted_conv", "int8_conv2d", "attention"])
 def test_level_objects_share_no_symbols(op, level, tmp_path):
     """A weak symbol in the object of one level could be the copy that all levels get."""
     target = tmp_path / "cpu.o"
