@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydenoise.ops import int8_conv2d, int8_linear, norm_quantize, quantize, registry, weighted_conv
+from pydenoise.ops import attention, int8_conv2d, int8_linear, norm_quantize, quantize, registry, weighted_conv
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "layer_norm_quantize": (norm_quantize.LAYER_NORM, norm_quantize.prepare_layer_norm),
     "int8_conv2d": (int8_conv2d.OP, int8_conv2d.prepare),
     "int8_linear": (int8_linear.OP, int8_linear.prepare),
+    "attention": (attention.OP, attention.prepare),
 }
 
 

@@ -1,5 +1,6 @@
 """Functional API: the ops under their torch.nn.functional-style names."""
 
+from pydenoise.ops.attention import attention
 from pydenoise.ops.int8_conv2d import int8_conv2d
 from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
@@ -7,6 +8,7 @@ from pydenoise.ops.quantize import dequantize, quantize, quantize_dynamic
 from pydenoise.ops.weighted_conv import weighted_conv1d, weighted_conv2d, weighted_conv3d
 
 __all__ = [
+    "attention",
     "dequantize",
     "group_norm_silu_quantize",
     "int8_conv2d",

@@ -150,6 +150,7 @@ INT8_OPS = {  # tests/test_contract_int8.py
     "quantize", "quantize_dynamic", "dequantize", "group_norm_quantize", "layer_norm_quantize", "int8_conv2d",
     "int8_linear",
 }  # fmt: skip
+ATTENTION_OPS = {"attention"}  # tests/test_contract_attention.py
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")
@@ -161,7 +162,9 @@ CONTRACTS = {
 
 
 def test_every_op_has_a_contract_and_a_reference():
-    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS, "a new op needs an entry in a contract test"
+    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS, (
+        "a new op needs an entry in a contract test"
+    )
     for op in registry.ops():
         rows = registry.rows(op)
         assert rows[-1].name == registry.REFERENCE, f"{op}: the reference is the last resort"

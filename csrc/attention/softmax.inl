@@ -1,0 +1,113 @@
+// One pass of a streaming softmax over the scores of a query and a block of keys. Scores are logarithms to base 2.
+// Included once per ISA level.
+#pragma once
+
+#include <cfloat>
+
+#include "params.h"
+#include "tile.inl"
+
+namespace pdn {
+namespace attention {
+namespace {
+
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kNothing = -__builtin_inff();  // the score of a key that does not count
+
+PDN_INLINE vf larger(vf a, vf b) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return vmax(a, b);
+#endif
+}
+
+PDN_INLINE float largest_lane(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
+    float best = v[0];
+    for (int i = 1; i < kWidth; ++i) best = v[i] > best ? v[i] : best;
+    return best;
+#endif
+}
+
+// 2^x for x <= 0, within 1.5e-7 of itself: 2^floor(x) times a polynomial in the rest, fitted to the relative error.
+// -inf gives 0, results below the normal numbers may; NaN stays NaN.
+PDN_INLINE vf exp2_negative(vf x) {
+#if defined(__AVX512F__)
+    const vf rest = (vf)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // 0 where x is -inf
+#else
+    const vf clamped = select(x < -127.f, splat(-127.f), x);
+    const vf shifted = (clamped - 0.5f) + 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    const vf rest = clamped - (shifted - 12582912.f);
+#endif
+    vf poly = splat(1.8775766948e-3f);
+    poly = poly * rest + 8.9893396944e-3f;
+    poly = poly * rest + 5.5826317519e-2f;
+    poly = poly * rest + 2.4015361071e-1f;
+    poly = poly * rest + 6.9315308332e-1f;
+    poly = poly * rest + 9.9999994040e-1f;
+#if defined(__AVX512F__)
+    return (vf)_mm512_scalef_ps((__m512)poly, (__m512)x);
+#else
+    const vf result = select(x < -126.f, vf{}, (vf)((vi)poly + ((vi)shifted << 23)));
+    return select(x != x, x, result);
+#endif
+}
+
+// Add row `query` of the mask to `count` scores from key `first` on.
+PDN_INLINE void add_mask(const Mask& mask, int64_t image, int64_t head, int64_t query, int64_t first, int64_t count,
+                         float* scores) {
+    const int64_t at = image * mask.batch_stride + head * mask.head_stride + query * mask.query_stride + first;
+    if (mask.boolean) {
+        const uint8_t* keep = static_cast<const uint8_t*>(mask.data) + at;
+        for (int64_t i = 0; i < count; ++i) scores[i] += keep[i] ? 0.f : kNothing;
+        return;
+    }
+    const float* bias = static_cast<const float*>(mask.data) + at;
+    for (int64_t i = 0; i < count; ++i) {  // the smallest number, a common mask, must not become -inf
+        const float scaled = bias[i] * kLog2E;
+        scores[i] += scaled < -FLT_MAX && bias[i] >= -FLT_MAX ? -FLT_MAX : scaled;
+    }
+}
+
+PDN_INLINE float largest_score(const float* scores, int64_t count) {
+    vf best[2] = {splat(kNothing), splat(kNothing)};
+    int64_t i = 0;
+    for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+        best[0] = larger(best[0], load(scores + i));
+        best[1] = larger(best[1], load(scores + i + kWidth));
+    }
+    if (i < count) best[0] = larger(best[0], load(scores + i));
+    return largest_lane(larger(best[0], best[1]));
+}
+
+// Replace scores by 2^(score - reference), as cells, and return the sums over the lanes' own.
+template <class Cells>
+PDN_INLINE vf exponentials(float* scores, int64_t count, float reference) {
+    vf sum{};
+#if defined(__AVX512BF16__)
+    if constexpr (Cells::kPerCell == 2) {
+        for (int64_t i = 0; i < count; i += 2 * kWidth) {
+            const vf low = exp2_negative(load(scores + i) - reference);
+            const vf high = exp2_negative(load(scores + i + kWidth) - reference);
+            sum += low + high;
+            store(scores + i / 2, (vf)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+        }
+        return sum;
+    }
+#endif
+    for (int64_t i = 0; i < count; i += kWidth) {
+        const vf weight = exp2_negative(load(scores + i) - reference);
+        sum += weight;
+        store(scores + i, weight);
+    }
+    return sum;
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace pdn
