@@ -4,6 +4,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from pydenoise import _native, recording
 from pydenoise.nn.shared_projection import share_projections
+from pydenoise.nn.timestep_scales import PER_TIMESTEP
 from pydenoise.ops import registry
 from pydenoise.quantization import Calibration, Scheme, calibrate, resolve_scheme
 from pydenoise.quantization.arguments import Arguments
@@ -51,7 +53,7 @@ class Int8Acceleration:
         self.original, self.example, self.keep, self.inplace = model, example, keep, inplace
         # A model that is a single convolution has no place to put another layer.
         self.model = nn.Sequential(model).eval() if isinstance(model, nn.Conv2d) and not inplace else model
-        self.scheme = resolve_scheme(scheme)
+        self.scheme, self.named = resolve_scheme(scheme), isinstance(scheme, str)
         if isinstance(self.scheme, Scheme) and self.scheme.is_float:
             raise ValueError("scheme: 'float' leaves nothing to quantize; name layers in keep")
         self.given, self.record = calibration, record
@@ -101,23 +103,40 @@ class Int8Acceleration:
 
     def _calibrated(self) -> tuple[Calibration, bool]:
         """The calibration, and whether it is only the example's: then it measures, and scales stay dynamic."""
+        if self.given is None:
+            return self._measured(), True
         if isinstance(self.given, Calibration):
             self.given.check(self.model)
+            self._fit_buckets(self.given)
             return self.given, False
-        if self.given is not None:
-            if isinstance(self.given, (Tensor, dict, str)) or not isinstance(self.given, Iterable):
-                raise TypeError(
-                    "calibration: expected a Calibration, or an iterable of batches (each a tensor, a tuple of "
-                    f"positional arguments or a dict of keyword arguments), got {type(self.given).__name__}"
-                )
-            return calibrate(self.model, self.given, scheme=self.scheme), False
+        if isinstance(self.given, (Tensor, dict, str)) or not isinstance(self.given, Iterable):
+            raise TypeError(
+                "calibration: expected a Calibration, or an iterable of batches (each a tensor, a tuple of "
+                f"positional arguments or a dict of keyword arguments), got {type(self.given).__name__}"
+            )
+        return calibrate(self.model, self.given, scheme=self.scheme), False
+
+    def _measured(self) -> Calibration:
+        """Statistics of the example's own inputs."""
         if isinstance(self.scheme, Scheme) and not (self.scheme.is_dynamic and self._needs_nothing()):
             raise ValueError(f"calibration: scheme {self.scheme} needs calibration batches, got None")
         batch = Arguments(self.example.args, self.example.kwargs)
-        return (
-            calibrate(self.model, [batch], timestep_argument=None, sample_elements=_REPORT_SAMPLES),
-            True,
-        )
+        try:
+            return calibrate(self.model, [batch], timestep_argument=None, sample_elements=_REPORT_SAMPLES)
+        except ValueError as error:
+            raise ValueError(f"example_inputs: {str(error).removeprefix('batches: ')}") from error
+
+    def _fit_buckets(self, calibration: Calibration) -> None:
+        """A preset takes the calibration's buckets; a scheme of the caller's own must have as many."""
+        if not isinstance(self.scheme, Scheme) or self.scheme.granularity != PER_TIMESTEP:
+            return
+        buckets = len(calibration.timesteps)
+        if calibration.timestep_argument is None:
+            raise ValueError(f"calibration: has no timesteps, and scheme {self.scheme} needs them")
+        if self.named:
+            self.scheme = replace(self.scheme, buckets=buckets)
+        elif self.scheme.buckets != buckets:
+            raise ValueError(f"scheme: has {self.scheme.buckets} buckets of timesteps, the calibration {buckets}")
 
     def _needs_nothing(self) -> bool:
         return self.scheme.smooth is None and not self.scheme.bias_correction
