@@ -164,8 +164,9 @@ def _on_meta(architecture: nn.Module) -> nn.Module:
     for name, module in architecture.named_modules():
         for key, value in vars(module).items():
             if isinstance(value, Tensor) and value.is_meta:
+                attribute = f"{name}.{key}" if name else key
                 raise ValueError(
-                    f"architecture: {name}.{key} is a tensor on the meta device that is no parameter or buffer, so no "
+                    f"architecture: {attribute} is a tensor on the meta device that is no parameter or buffer, so no "
                     "file can fill it; build the architecture on the CPU"
                 )
     return copy.deepcopy(architecture, memo).eval()
