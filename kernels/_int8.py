@@ -6,9 +6,6 @@ import triton.language as tl
 from pydenoise.kernels._tiles import Kernel, Launch, variants
 from torch import Tensor
 
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
-
-
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
@@ -27,6 +24,12 @@ def activate(v, ACTIVATION: tl.constexpr):
         v = gelu(v)
     elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u)
         v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    elif ACTIVATION == "leaky_relu_0.01":
+        v = tl.where(v < 0, v * 0.01, v)
+    elif ACTIVATION == "leaky_relu_0.1":
+        v = tl.where(v < 0, v * 0.1, v)
+    elif ACTIVATION == "leaky_relu_0.2":
+        v = tl.where(v < 0, v * 0.2, v)
     return v
 
 

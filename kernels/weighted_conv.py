@@ -28,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 
 # Arguments whose divisibility says nothing about alignment: specialising on it would only compile more often.
 _SIZES = ("pixels", "tune", *(f"{name}_{d}" for name in ("in", "out", "offset", "hop") for d in "dhw"))
@@ -47,6 +46,12 @@ def _activate(v, ACTIVATION: tl.constexpr):
         v = 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u)
         v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    elif ACTIVATION == "leaky_relu_0.01":
+        v = tl.where(v < 0, v * 0.01, v)
+    elif ACTIVATION == "leaky_relu_0.1":
+        v = tl.where(v < 0, v * 0.1, v)
+    elif ACTIVATION == "leaky_relu_0.2":
+        v = tl.where(v < 0, v * 0.2, v)
     return v
 
 

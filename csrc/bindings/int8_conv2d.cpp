@@ -143,8 +143,7 @@ struct Requantization {
 };
 
 void set_activation(ConvParams& p, int64_t activation) {
-    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu_tanh),
-                    "activation: unknown");
+    STD_TORCH_CHECK(is_elementwise(activation), "activation: unknown");
     p.activation = static_cast<Activation>(activation);
 }
 

@@ -78,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor> group_norm_quantize(const Tensor& input, cons
         shape[1] += skip->size(1);
     }
     STD_TORCH_CHECK(groups > 0 && shape[1] % groups == 0, "groups must divide the channels");
-    STD_TORCH_CHECK(activation >= 0 && activation <= static_cast<int64_t>(Activation::gelu_tanh),
-                    "activation: unknown");
+    STD_TORCH_CHECK(is_elementwise(activation), "activation: unknown");
     const Results results = empty_results(shape, 1, !scale);
     const MaybeTensor w = dense(weight), b = dense(bias), f = dense(film), factors = dense(channel_scale);
     for (const auto& [tensor, count, name] :

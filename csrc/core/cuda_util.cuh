@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "activation.h"
+
 #define PDN_HD __host__ __device__ __forceinline__
 
 namespace pdn {
@@ -160,7 +162,7 @@ PDN_HD float quotient(float x, float y) {  // two roundings at most; y = infinit
 #endif
 }
 
-// `activation` numbers are those of weighted_conv::Activation; other ops use the same ones. SiLU and the tanh form of
+// `activation` is the number of an elementwise Activation. SiLU and the tanh form of
 // GELU are one function, x * sigmoid(x * (linear + cubic * x^2)).
 struct Gate {
     float linear, cubic;
@@ -177,6 +179,8 @@ PDN_HD float gated(float x, Gate gate) {
 
 PDN_HD float relu(float x) { return x < 0.f ? 0.f : x; }  // keeps NaN, as torch does
 
+PDN_HD float leaky_relu(float x, float slope) { return x < 0.f ? x * slope : x; }
+
 PDN_HD float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
 template <int N>
@@ -192,6 +196,9 @@ PDN_HD void activate(Float4 (&x)[N], int activation) {
         each([](float v) { return relu(v); });
     } else if (activation == 3) {
         each([](float v) { return gelu(v); });
+    } else if (is_leaky_relu(static_cast<Activation>(activation))) {
+        const float slope = leaky_slope(static_cast<Activation>(activation));
+        each([slope](float v) { return leaky_relu(v, slope); });
     } else {
         const Gate gate = gate_of(activation);
         each([gate](float v) { return gated(v, gate); });
@@ -200,6 +207,8 @@ PDN_HD void activate(Float4 (&x)[N], int activation) {
 
 PDN_HD float activate(float x, int activation) {
     if (activation == 0) return x;
+    if (is_leaky_relu(static_cast<Activation>(activation)))
+        return leaky_relu(x, leaky_slope(static_cast<Activation>(activation)));
     return activation == 1 ? relu(x) : activation == 3 ? gelu(x) : gated(x, gate_of(activation));
 }
 

@@ -1,6 +1,7 @@
 // Epilogue of one output vector: bias is in `x` already; activation, then residual. Included once per ISA level.
 #pragma once
 
+#include "activation.h"
 #include "vec.h"
 
 namespace pdn {
@@ -86,7 +87,9 @@ PDN_INLINE vf verf(vf x) {
 
 PDN_INLINE vf gelu(vf x) { return 0.5f * x * (1.f + verf(x * 0.70710678118654752f)); }
 
-// `activation` numbers are those of weighted_conv::Activation; other ops use the same ones.
+PDN_INLINE vf leaky_relu(vf x, float slope) { return select(x < 0.f, x * slope, x); }
+
+// `activation` is the number of an elementwise Activation.
 PDN_INLINE vf activate(vf x, int activation) {
     switch (activation) {
         case 1:
@@ -97,6 +100,10 @@ PDN_INLINE vf activate(vf x, int activation) {
             return gelu(x);
         case 4:
             return gelu_tanh(x);
+        case 5:
+        case 6:
+        case 7:
+            return leaky_relu(x, leaky_slope(static_cast<Activation>(activation)));
         default:
             return x;
     }

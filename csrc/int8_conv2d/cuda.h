@@ -20,7 +20,7 @@ struct Problem {
     int out_h, out_w, out_channels, groups;
     int kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, top, left;
     int upsample_shift;  // 1: the input is read as if enlarged twice
-    int activation;      // 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh
+    int activation;      // the number of an elementwise Activation
     int64_t in_stride_n, in_stride_h, in_stride_w;
     const int8_t* input;
     const int8_t* weight;

@@ -102,7 +102,7 @@ PDN_INLINE Row row_at(const FinishTask& t, int m) {
     return {};
 }
 
-// One vector of outputs. kActivation: 0 none, 1 relu, -1 any.
+// One vector of outputs. kActivation: 0 none, 1 relu, 2 leaky relu, -1 any.
 template <Sums kSums, class T, int kActivation>
 PDN_INLINE void finish_vector(const FinishTask& t, const void* sum, vi correction, vf scale, vf shift, const Row& row,
                               int64_t residual_at, T* to, int lanes) {
@@ -116,6 +116,7 @@ PDN_INLINE void finish_vector(const FinishTask& t, const void* sum, vi correctio
     }
     y = y * scale + shift;
     if constexpr (kActivation == 1) y = relu(y);
+    if constexpr (kActivation == 2) y = leaky_relu(y, leaky_slope(t.activation));
     if constexpr (kActivation == -1) y = activate(y, static_cast<int>(t.activation));
     if (t.residual) y += residual_vector(t, residual_at, lanes);
     store_value(to, y, lanes, t);
@@ -189,6 +190,7 @@ using FinishFunction = void (*)(const FinishTask& t);
 template <Sums kSums, class T>
 FinishFunction by_activation(Activation activation) {
     if (activation == Activation::none) return finish<kSums, T, 0>;
+    if (is_leaky_relu(activation)) return finish<kSums, T, 2>;
     return activation == Activation::relu ? finish<kSums, T, 1> : finish<kSums, T, -1>;
 }
 

@@ -6,10 +6,13 @@
 
 #include <cstdint>
 
+#include "../core/activation.h"
+
 namespace pdn {
 namespace int8_conv2d {
 
-enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3, gelu_tanh = 4 };
+using pdn::Activation;
+
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2, int8 = 3, int32 = 4 };
 
 // One spatial axis. Output position j reads the positions j * step + offset + t * dilation, t in [0, kernel), of the

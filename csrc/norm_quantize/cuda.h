@@ -20,7 +20,7 @@ struct Problem {
     int batch, pixels;             // layer norm: rows of one image, which share a row of film
     int first_channels, channels;  // of input alone, and together with skip
     int groups;                    // of group norm
-    int activation;                // 0 none, 1 relu, 2 silu, 3 gelu, 4 gelu_tanh
+    int activation;                // the number of an elementwise Activation
     float eps;
     const void* input;
     const void* skip;            // or null

@@ -258,9 +258,9 @@ int64_t group_scratch(const GroupNormParams& p) {
 }
 
 // The vector at one channel of `V` pixels `stride` apart, before quantization; over the scale where the coefficients
-// are folded.
+// are folded. `slope` is of a leaky ReLU: one instance for all of them.
 template <class T, Activation A, bool kFolded, int V, class Lanes>
-PDN_INLINE void values_of(const T* x, int64_t stride, const float* at, int64_t size, vf* v, Lanes lanes) {
+PDN_INLINE void values_of(const T* x, int64_t stride, const float* at, int64_t size, float slope, vf* v, Lanes lanes) {
     const auto slot = [&](Slot s) __attribute__((always_inline)) { return load_lanes(at + s * size, lanes); };
     const vf center = slot(kCenter), gain = slot(kGain), offset = slot(kOffset);
     for (int i = 0; i < V; ++i) v[i] = load_lanes(x + i * stride, lanes) - center;
@@ -275,25 +275,26 @@ PDN_INLINE void values_of(const T* x, int64_t stride, const float* at, int64_t s
     for (int i = 0; i < V; ++i) v[i] = v[i] * gain + offset;
     if constexpr (kFolded && A == Activation::none) return;
     const vf factor = slot(kFactor);
-    for (int i = 0; i < V; ++i) v[i] = fast_activate(v[i], static_cast<int>(A)) * factor;
+    for (int i = 0; i < V; ++i)
+        v[i] = (is_leaky_relu(A) ? leaky_relu(v[i], slope) : fast_activate(v[i], static_cast<int>(A))) * factor;
 }
 
 // `V` pixels of one panel under the given scale.
 template <class T, Activation A, int V>
-PDN_INLINE void write_given(const T* x, int64_t stride, int64_t count, const float* slots, int64_t size, bool safe,
-                            const Codes& codes, int8_t* y, int64_t step) {
+PDN_INLINE void write_given(const T* x, int64_t stride, int64_t count, const float* slots, int64_t size, float slope,
+                            bool safe, const Codes& codes, int8_t* y, int64_t step) {
     if (safe) {
         each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
             vf v[V];
             vi q[V];
-            values_of<T, A, true, V>(x + c, stride, slots + c, size, v, lanes);
+            values_of<T, A, true, V>(x + c, stride, slots + c, size, slope, v, lanes);
             for (int i = 0; i < V; ++i) q[i] = round_even(v[i]) + codes.zero_point;
             for (int i = 0; i < V; ++i) store_codes(y + i * step + c, q[i], codes.lowest, lanes);
         });
     } else {
         each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
             vf v[V];
-            values_of<T, A, false, V>(x + c, stride, slots + c, size, v, lanes);
+            values_of<T, A, false, V>(x + c, stride, slots + c, size, slope, v, lanes);
             for (int i = 0; i < V; ++i) quantize_lanes(y + i * step + c, v[i], codes, lanes);
         });
     }
@@ -301,11 +302,11 @@ PDN_INLINE void write_given(const T* x, int64_t stride, int64_t count, const flo
 
 // The values of `V` pixels of one panel, and their ranges.
 template <class T, Activation A, int V>
-PDN_INLINE void find_ranges(const T* x, int64_t stride, int64_t count, const float* slots, int64_t size, bool safe,
-                            float* values, int64_t step, Range* ranges) {
+PDN_INLINE void find_ranges(const T* x, int64_t stride, int64_t count, const float* slots, int64_t size, float slope,
+                            bool safe, float* values, int64_t step, Range* ranges) {
     each_vector(count, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
         vf v[V];
-        values_of<T, A, false, V>(x + c, stride, slots + c, size, v, lanes);
+        values_of<T, A, false, V>(x + c, stride, slots + c, size, slope, v, lanes);
         for (int i = 0; i < V; ++i) store_lanes(values + i * step + c, v[i], lanes);
         for (int i = 0; i < V; ++i) ranges[i].add_finite(v[i]);
         if (!safe)
@@ -318,6 +319,7 @@ PDN_INLINE void write_pixels(const GroupNormParams& p, int64_t image, int64_t pi
                              float* values) {
     const int64_t size = padded(p), first = p.panel[0].channels, row = image * p.pixels + pixel;
     const bool safe = slots[kSlots * size] != 0.f;
+    const float slope = leaky_slope(p.activation);
     const float* at[2] = {slots, slots + whole_vectors(first)};
     const int64_t channel[2] = {0, first};
     Range ranges[V];
@@ -327,10 +329,10 @@ PDN_INLINE void write_pixels(const GroupNormParams& p, int64_t image, int64_t pi
         const T* x = static_cast<const T*>(panel.data) + image * panel.batch_stride + pixel * panel.row_stride;
         if (p.out.scale) {
             const Codes codes = codes_of(*p.out.scale, p.out.zero_point);
-            write_given<T, A, V>(x, panel.row_stride, panel.channels, at[i], size, safe, codes,
+            write_given<T, A, V>(x, panel.row_stride, panel.channels, at[i], size, slope, safe, codes,
                                  p.out.codes + row * p.channels + channel[i], p.channels);
         } else {
-            find_ranges<T, A, V>(x, panel.row_stride, panel.channels, at[i], size, safe, values + channel[i],
+            find_ranges<T, A, V>(x, panel.row_stride, panel.channels, at[i], size, slope, safe, values + channel[i],
                                  p.channels, ranges);
         }
     }
@@ -361,6 +363,12 @@ void write_typed(const GroupNormParams& p, int64_t image, int64_t chunk, const f
             return write_activated<T, Activation::gelu>(p, image, begin, end, slots, scratch);
         case Activation::gelu_tanh:
             return write_activated<T, Activation::gelu_tanh>(p, image, begin, end, slots, scratch);
+        case Activation::leaky_relu_001:
+        case Activation::leaky_relu_01:
+        case Activation::leaky_relu_02:
+            return write_activated<T, Activation::leaky_relu_001>(p, image, begin, end, slots, scratch);
+        case Activation::geglu:  // refused by the bindings
+            return;
     }
 }
 

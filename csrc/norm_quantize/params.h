@@ -4,11 +4,14 @@
 
 #include <cstdint>
 
+#include "../core/activation.h"
+
 namespace pdn {
 namespace norm_quantize {
 
+using pdn::Activation;
+
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3, gelu_tanh = 4 };
 
 // Where codes go, and under which scale.
 struct CodesOut {

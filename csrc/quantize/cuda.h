@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../core/activation.h"
 #include "../core/cuda_elements.h"
 
 namespace pdn {
@@ -13,7 +14,7 @@ namespace cuda {
 
 using pdn::cuda::Element;
 
-constexpr int kGeglu = 5;  // beside the activations 0 to 4: the first half of the channels times GELU of the second
+constexpr int kGeglu = static_cast<int>(Activation::geglu);  // the first half of the channels times GELU of the second
 
 struct Problem {
     Element type;  // of the floating-point side

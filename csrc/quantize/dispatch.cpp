@@ -52,7 +52,9 @@ void reshape(Params& p, int64_t rows, int64_t channels) {
 
 bool run_rows(const KernelSet& set, const QuantizeParams& p) {
     const int64_t scratch_bytes = set.scratch_bytes(p);
-    const int64_t cost = p.activation == Activation::none || p.activation == Activation::relu ? 1 : 4;
+    const bool cheap =
+        p.activation == Activation::none || p.activation == Activation::relu || is_leaky_relu(p.activation);
+    const int64_t cost = cheap ? 1 : 4;
     std::atomic<bool> enough{true};
     parallel_ranges(p.rows, grain(p.rows, p.channels, cost), [&](int64_t begin, int64_t end) {
         void* scratch = scratch_bytes > 0 ? thread_scratch(scratch_bytes) : nullptr;

@@ -14,6 +14,8 @@ PDN_INLINE void transformed(const QuantizeParams& p, const T* x, int64_t c, vf* 
     for (int i = 0; i < V; ++i) v[i] = load_lanes(x + c + i * kWidth, lanes);
     if constexpr (A == Activation::geglu) {
         for (int i = 0; i < V; ++i) v[i] = v[i] * fast_gelu(load_lanes(x + p.channels + c + i * kWidth, lanes));
+    } else if constexpr (is_leaky_relu(A)) {  // one instance for all slopes
+        for (int i = 0; i < V; ++i) v[i] = leaky_relu(v[i], leaky_slope(p.activation));
     } else {
         for (int i = 0; i < V; ++i) v[i] = fast_activate(v[i], static_cast<int>(A));
     }
@@ -100,6 +102,10 @@ void quantize_typed(const QuantizeParams& p, int64_t begin, int64_t end, void* s
             return quantize_rows<T, Activation::gelu>(p, begin, end, scratch);
         case Activation::gelu_tanh:
             return quantize_rows<T, Activation::gelu_tanh>(p, begin, end, scratch);
+        case Activation::leaky_relu_001:
+        case Activation::leaky_relu_01:
+        case Activation::leaky_relu_02:
+            return quantize_rows<T, Activation::leaky_relu_001>(p, begin, end, scratch);
         case Activation::geglu:
             return quantize_rows<T, Activation::geglu>(p, begin, end, scratch);
     }

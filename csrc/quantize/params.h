@@ -5,16 +5,18 @@
 
 #include <cstdint>
 
+#include "../core/activation.h"
+
 namespace pdn {
 namespace quantize {
 
+using pdn::Activation;
+
 enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-// geglu: input rows hold 2 * channels, the second half are gates.
-enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3, gelu_tanh = 4, geglu = 5 };
 
 struct QuantizeParams {
-    DType dtype;  // of the input
-    Activation activation;
+    DType dtype;                 // of the input
+    Activation activation;       // geglu: input rows hold 2 * channels, the second half are gates
     int64_t rows, channels;      // of the output
     int64_t row_stride;          // of the input, elements
     const void* input;           // [rows, channels]; geglu: [rows, 2 * channels]

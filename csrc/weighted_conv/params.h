@@ -6,10 +6,13 @@
 
 #include <cstdint>
 
+#include "../core/activation.h"
+
 namespace pdn {
 namespace weighted_conv {
 
-enum class Activation : int { none = 0, relu = 1, silu = 2, gelu = 3, gelu_tanh = 4 };
+using pdn::Activation;
+
 enum class DType : int { float32 = 0, bfloat16 = 1 };
 
 // One spatial axis. Output position j reads input positions j * step + offset + t * offset_step, t in [0, taps), and

@@ -395,9 +395,12 @@ PDN_INLINE void winograd_output_pixel(const WinogradPatch& patch, int i, int j, 
     }
 }
 
-// One tile, one vector of channels. `floor` is 0 for relu and -inf for no activation.
-template <bool kWhole>
-void winograd_output_tile(const float* m, int64_t m_step, const WinogradPatch& patch, vf bias, float floor,
+// How a tile ends. whole: all pixels and lanes, and no activation or ReLU; leaky: the same with a leaky ReLU.
+enum class WinogradEnd { whole, leaky, any };
+
+// One tile, one vector of channels. `bound` is ReLU's 0, or -inf for no activation; leaky: the slope.
+template <WinogradEnd kEnd>
+void winograd_output_tile(const float* m, int64_t m_step, const WinogradPatch& patch, vf bias, float bound,
                           int activation, int lanes) {
     vf t[4][6];
 #pragma GCC unroll 6
@@ -409,15 +412,18 @@ void winograd_output_tile(const float* m, int64_t m_step, const WinogradPatch& p
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) t[i][j] = r[i];
     }
-    if (kWhole) {
+    if (kEnd != WinogradEnd::any) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             vf y[4];
             winograd_output_1d(t[i], y);
 #pragma GCC unroll 4
             for (int j = 0; j < 4; ++j) {
-                const vf x = y[j] + bias, low = splat(floor);
-                winograd_output_pixel(patch, i, j, kWidth, x < low ? low : x);
+                const vf x = y[j] + bias, low = splat(bound);
+                winograd_output_pixel(patch, i, j, kWidth,
+                                      kEnd == WinogradEnd::leaky ? leaky_relu(x, bound)
+                                      : x < low                  ? low
+                                                                 : x);
             }
         }
     } else {
@@ -435,8 +441,9 @@ void winograd_output(const ConvParams& p, const WinogradPlan& plan, const float*
                      int vectors, int64_t first, int64_t count) {
     const Axis &y = p.axis[1], &x = p.axis[2];
     const int activation = static_cast<int>(p.activation);
-    const bool simple = p.activation == Activation::none || p.activation == Activation::relu;
-    const float floor = p.activation == Activation::relu ? 0.f : -__builtin_inff();
+    const bool leaky = is_leaky_relu(p.activation);
+    const bool simple = leaky || p.activation == Activation::none || p.activation == Activation::relu;
+    const float bound = leaky ? leaky_slope(p.activation) : p.activation == Activation::relu ? 0.f : -__builtin_inff();
     const float* bias_of_group = static_cast<const float*>(p.bias);
     const float* residual = static_cast<const float*>(p.residual);
     for (int64_t t = 0; t < count; ++t) {
@@ -460,8 +467,10 @@ void winograd_output(const ConvParams& p, const WinogradPlan& plan, const float*
             const vf bias = bias_of_group ? load_partial(bias_of_group + channel, lanes) : vf{};
             const float* from = m + (t * vectors + n) * kWidth;
             const bool whole = simple && lanes == kWidth && patch.rows == 4 && patch.columns == 4;
-            const auto body = whole ? winograd_output_tile<true> : winograd_output_tile<false>;
-            body(from, plan.m_step, patch, bias, floor, activation, lanes);
+            const auto body = !whole  ? winograd_output_tile<WinogradEnd::any>
+                              : leaky ? winograd_output_tile<WinogradEnd::leaky>
+                                      : winograd_output_tile<WinogradEnd::whole>;
+            body(from, plan.m_step, patch, bias, bound, activation, lanes);
         }
     }
 }

@@ -11,7 +11,7 @@ from pydenoise.nn.fused_conv import FusedConv2d
 from pydenoise.nn.int8_conv2d import Int8Conv2d, plain_conv
 from pydenoise.nn.int8_linear import Int8Linear
 from pydenoise.ops._quantized import FLOATS
-from pydenoise.reference.weighted_conv import activate
+from pydenoise.reference.activations import LEAKY_SLOPES, activate, leaky_relu_name
 
 _ACTIVATIONS = {nn.SiLU: "silu", nn.ReLU: "relu", nn.Identity: "none"}
 
@@ -39,10 +39,16 @@ def activation_name(module: object, name: str) -> str:
     """What the ops call a torch.nn activation. Raises ``ValueError`` naming the layer for one they do not have."""
     if isinstance(module, nn.GELU):
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    if isinstance(module, nn.LeakyReLU):
+        word = leaky_relu_name(module.negative_slope)
+        if word is None:
+            slopes = ", ".join(map(str, LEAKY_SLOPES.values()))
+            raise ValueError(f"{name}: expected a LeakyReLU of slope {slopes}, got {module.negative_slope}")
+        return word
     for kind, word in _ACTIVATIONS.items():
         if isinstance(module, kind):
             return word
-    raise ValueError(f"{name}: expected SiLU, ReLU, GELU or Identity, got {type(module).__name__}")
+    raise ValueError(f"{name}: expected SiLU, ReLU, LeakyReLU, GELU or Identity, got {type(module).__name__}")
 
 
 def check_attributes(block: nn.Module, names: tuple[str, ...], expected: str) -> None:

@@ -13,8 +13,8 @@ from pydenoise.nn._plans import definite_scheme
 from pydenoise.ops import quantize as quantize_op
 from pydenoise.ops._arguments import check_choice
 from pydenoise.ops._quantized import FLOATS, call, check_codes, scale_of, zero_point_of
-from pydenoise.ops.int8_conv2d import ACTIVATIONS
 from pydenoise.quantization import LayerPlan, Scheme
+from pydenoise.reference.activations import ACTIVATIONS, INPUT_ACTIVATIONS
 
 Codes = tuple[Tensor, Tensor, Tensor | int | None]  # int8 codes, scale, zero point (None or 0: symmetric)
 
@@ -106,7 +106,7 @@ class Int8Layer(Frozen):
         """
         expected = self._channels * (2 if activation == "geglu" else 1)
         self._check_floats(input, expected)
-        check_choice("activation", activation, quantize_op.ACTIVATIONS)
+        check_choice("activation", activation, INPUT_ACTIVATIONS)
         scale, zero_point = self.input_parameters
         input, ops = input.detach(), torch.ops.pydenoise
         if scale is not None:

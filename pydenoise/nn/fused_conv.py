@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pydenoise import functional as PF
 from pydenoise.ops._arguments import check_choice, int_tuple
-from pydenoise.ops.weighted_conv import ACTIVATIONS, ALGORITHMS, explicit_padding, pack, weighted_conv_packed
+from pydenoise.ops.weighted_conv import ALGORITHMS, explicit_padding, pack, weighted_conv_packed
+from pydenoise.reference.activations import ACTIVATIONS
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _FUNCTIONALS = {1: PF.weighted_conv1d, 2: PF.weighted_conv2d, 3: PF.weighted_conv3d}
@@ -69,7 +70,7 @@ class _FusedConv(nn.Module):
         """A convolution as ``torch.nn.ConvNd`` takes it, with zero weights to be loaded, and its epilogue.
 
         Args:
-            activation: "none", "relu", "silu", "gelu" (exact) or "gelu_tanh".
+            activation: as in :func:`pydenoise.functional.weighted_conv2d`.
             algorithm: "auto" allows Winograd (3x3, stride 1, float32: relative error up to 2e-5); "direct" does not.
             output_dtype: ``None``: the layer takes and returns the dtype of its weight. Otherwise inputs of any
                 floating dtype are cast to the weight's, and the output to ``output_dtype``.

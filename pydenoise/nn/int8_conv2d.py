@@ -26,7 +26,7 @@ class Int8Conv2d(Int8Layer):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as in ``torch.nn.Conv2d``.
         padding: as there, or ((top, bottom), (left, right)). Zeros.
-        activation: "none", "relu", "silu", "gelu" or "gelu_tanh", after the bias.
+        activation: as in :func:`pydenoise.functional.int8_conv2d`, after the bias.
         scheme: how the input is quantized; "per_timestep" needs a :class:`TimestepScales`.
     """
 

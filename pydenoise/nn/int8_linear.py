@@ -22,7 +22,7 @@ class Int8Linear(Int8Layer):
 
     Args:
         in_features, out_features, bias: as in ``torch.nn.Linear``.
-        activation: "none", "relu", "silu", "gelu" or "gelu_tanh", after the bias.
+        activation: as in :func:`pydenoise.functional.int8_linear`, after the bias.
         scheme: how the input is quantized; "per_timestep" needs a :class:`TimestepScales`.
     """
 

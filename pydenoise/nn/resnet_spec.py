@@ -8,7 +8,7 @@ from torch import nn
 
 from pydenoise.nn._blocks import activation_name
 from pydenoise.ops._arguments import check_choice
-from pydenoise.ops.norm_quantize import ACTIVATIONS
+from pydenoise.reference.activations import ACTIVATIONS
 
 RESAMPLINGS = ("none", "up", "down")
 

@@ -28,9 +28,9 @@ from pydenoise.ops.quantize import in_memory_order, like_input
 from pydenoise.ops.registry import Backend
 from pydenoise.ops.weighted_conv import explicit_padding, output_size
 from pydenoise.reference import int8_conv2d as reference
+from pydenoise.reference.activations import ACTIVATIONS
 
 OP = "int8_conv2d"
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 
 Padding = int | str | Sequence[int] | Sequence[Sequence[int]]
 
@@ -83,7 +83,8 @@ def int8_conv2d(
         padding: ints, "same", "valid", or ((top, bottom), (left, right)).
         channel_bias: [N, C_out], such as a projected time embedding. film: [N, 2 C_out], gain then shift.
         residual: of the output's shape; float32, bfloat16 or float16.
-        activation: "none", "relu", "silu", "gelu" or "gelu_tanh".
+        activation: "none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1" or
+            "leaky_relu_0.2".
         out_dtype: torch.float32, bfloat16 or float16; torch.int8, requantized by ``out_scale`` and ``out_zero_point``
             (rules of :func:`pydenoise.functional.quantize`); or torch.int32, ``acc`` itself.
         upsample: 2 reads the input as if enlarged twice by nearest neighbours.

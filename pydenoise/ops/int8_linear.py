@@ -17,9 +17,10 @@ from pydenoise.ops._quantized import (
     scale_of,
     zero_point_of,
 )
-from pydenoise.ops.int8_conv2d import ACTIVATIONS, weight_scale_of
+from pydenoise.ops.int8_conv2d import weight_scale_of
 from pydenoise.ops.registry import Backend
 from pydenoise.reference import int8_linear as reference
+from pydenoise.reference.activations import ACTIVATIONS
 
 OP = "int8_linear"
 

@@ -12,9 +12,9 @@ from pydenoise.ops._quantized import call, check_floats, never, optional_vector,
 from pydenoise.ops.quantize import in_memory_order, like_input, position_scale
 from pydenoise.ops.registry import Backend
 from pydenoise.reference import norm_quantize as reference
+from pydenoise.reference.activations import ACTIVATIONS
 
 GROUP_NORM, LAYER_NORM = "group_norm_quantize", "layer_norm_quantize"
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 
 _library = torch.library.Library("pydenoise", "FRAGMENT")
 _library.define(
@@ -54,7 +54,8 @@ def group_norm_silu_quantize(
         skip: [N, C2, H, W], read as if concatenated after ``input``'s channels (C below is then the sum): the skip
             connection of a U-Net, never written to memory. Same dtype and device.
         film: [N, 2 C]: ``x * (1 + film[:, :C]) + film[:, C:]`` after the normalisation.
-        activation: "none", "relu", "silu", "gelu" or "gelu_tanh".
+        activation: "none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1" or
+            "leaky_relu_0.2".
         channel_scale: [C], multiplied in after the activation (SmoothQuant's 1 / s per channel).
         scale, zero_point: as in :func:`pydenoise.functional.quantize`, one for the tensor; ``scale=None``: a scale per
             pixel from the values themselves.

@@ -20,9 +20,9 @@ from pydenoise.ops._quantized import (
 )
 from pydenoise.ops.registry import Backend
 from pydenoise.reference import quantize as reference
+from pydenoise.reference.activations import INPUT_ACTIVATIONS
 
 QUANTIZE, DYNAMIC, DEQUANTIZE = "quantize", "quantize_dynamic", "dequantize"
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh", "geglu")
 GRANULARITIES = ("pixel", "token")
 
 _library = torch.library.Library("pydenoise", "FRAGMENT")
@@ -57,8 +57,8 @@ def quantize(
         scale: one positive number or 0-d tensor, or a tensor per pixel [N, 1, H, W] or per token [..., 1].
         zero_point: the int 0 means symmetric codes, -127..127; any other int or an integer tensor of ``scale``'s shape
             means affine codes, -128..127.
-        activation: "none", "relu", "silu", "gelu", "gelu_tanh", or "geglu": the first half of the channels times the
-            GELU of the second half.
+        activation: "none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1",
+            "leaky_relu_0.2", or "geglu": the first half of the channels times the GELU of the second half.
         channel_scale: [C_out], multiplied in after the activation (SmoothQuant's 1 / s per channel).
         backend: "auto" or one of "cpu", "triton", "cuda", "reference"; see :func:`pydenoise.explain`.
 
@@ -138,7 +138,7 @@ def _quantized_shape(input: Tensor, activation: str) -> tuple[int, ...]:
 
 def _check_input(input: Tensor, activation: str, channel_scale: Tensor | None) -> tuple[tuple[int, ...], Tensor | None]:
     check_floats("input", input)
-    check_choice("activation", activation, ACTIVATIONS)
+    check_choice("activation", activation, INPUT_ACTIVATIONS)
     if input.dim() == 0:
         raise ValueError("input: expected at least one dimension, got a 0-d tensor")
     channels = input.shape[reference.channel_dim(input)]

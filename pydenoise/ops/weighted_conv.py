@@ -16,10 +16,10 @@ from pydenoise.ops import registry
 from pydenoise.ops._arguments import check_choice, check_tensor, int_tuple
 from pydenoise.ops.registry import Backend
 from pydenoise.reference import weighted_conv as reference
+from pydenoise.reference.activations import ACTIVATIONS
 
 OP = "weighted_conv"
 OP_BACKWARD = "weighted_conv_backward"
-ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh")
 ALGORITHMS = ("auto", "direct")
 _BY_PRECISION = "by_precision"  # in compiled graphs, which cannot read torch's setting: it is read when the op runs
 
@@ -82,7 +82,8 @@ def weighted_conv2d(
         bias: [C_out] or ``None``.
         stride, dilation: positive ints. padding: non-negative ints, ``"valid"``, or ``"same"`` (stride 1 only).
         groups: divides C_in and C_out.
-        activation: "none", "relu", "silu", "gelu" (exact) or "gelu_tanh", applied before the residual is added.
+        activation: "none", "relu", "silu", "gelu" (exact), "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1" or
+            "leaky_relu_0.2" (slopes below zero), applied before the residual is added.
         residual: a tensor of the output's shape, dtype and device, or ``None``.
         backend: "auto" or one of "cpu", "triton", "cuda", "reference"; see :func:`pydenoise.explain`.
 

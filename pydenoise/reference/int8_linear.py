@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pydenoise.reference import quantize as numbers
-from pydenoise.reference.weighted_conv import activate
+from pydenoise.reference.activations import activate
 
 
 def int8_linear(

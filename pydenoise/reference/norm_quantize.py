@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pydenoise.reference import quantize as numbers
-from pydenoise.reference.weighted_conv import activate
+from pydenoise.reference.activations import activate
 
 
 def _finish(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pydenoise.reference.weighted_conv import activate
+from pydenoise.reference.activations import activate
 
 LOW, HIGH = -128, 127
 LEVELS = HIGH - LOW

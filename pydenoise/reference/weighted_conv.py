@@ -9,19 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pydenoise.reference.activations import activate
+
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
-_ACTIVATIONS = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply the epilogue activation ``activation`` to ``x``."""
-    return _ACTIVATIONS[activation](x)
 
 
 def effective_weight(weight: Tensor, density: Tensor | None) -> Tensor:

@@ -88,6 +88,18 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase("silu", "fused epilogue with an exponential", (7, 30), (3, 3), 16, 48, padding=1, activation="silu"),
     ConvCase("gelu", "fused epilogue with erf", (7, 9), (3, 3), 8, 16, padding=1, activation="gelu"),
     ConvCase("gelu_tanh", "fused epilogue with tanh", (7, 9), (3, 3), 8, 16, padding=1, activation="gelu_tanh"),
+    ConvCase("leaky", "fused epilogue with a slope", (7, 30), (3, 3), 20, 48, padding=1, activation="leaky_relu_0.1"),
+    ConvCase(
+        "leaky_residual",
+        "another slope, whole tiles, a residual",
+        (12, 16),
+        (3, 3),
+        32,
+        32,
+        padding=1,
+        activation="leaky_relu_0.2",
+        residual=True,
+    ),
     ConvCase(
         "silu_residual",
         "activation before the residual, not after",

@@ -13,6 +13,7 @@ from pydenoise import _native
 from pydenoise.ops import registry
 from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import BackendUnavailable
+from pydenoise.reference import activations
 from pydenoise.reference import int8_conv2d as reference_conv
 from pydenoise.reference import int8_linear as reference_linear
 from pydenoise.reference import norm_quantize as reference_norm
@@ -31,7 +32,7 @@ OPS = (
 )
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OUTPUTS = (*FLOATS, torch.int8, torch.int32)
-NAMES = {number: name for name, number in _cuda.ACTIVATIONS.items()}
+NAMES = {number: name for name, number in activations.NUMBERS.items()}
 
 built = pytest.mark.skipif(
     _native.cuda_extension().state == _native.NOT_BUILT, reason="pydenoise._cuda is not built here (no nvcc)"

@@ -13,6 +13,7 @@ import pydenoise as pdn
 import pydenoise.functional as PF
 from pydenoise.ops import norm_quantize as ops
 from pydenoise.ops import registry
+from pydenoise.reference import activations
 from pydenoise.reference import norm_quantize as reference
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -94,7 +95,7 @@ def test_layer_norm(shape, kind):
     check((codes, *rest), expected)
 
 
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", activations.ACTIVATIONS)
 def test_bare_group_norm(activation):
     """No weight, bias, FiLM or factors; half-precision input in NCHW and in channels_last memory."""
     x = draw(2, 24, 6, 7).half()

@@ -45,8 +45,8 @@ struct Aligned {
     Aligned() = default;
     template <class U>
     Aligned(const Aligned<U>&) {}
-    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
-    void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
+    T* allocate(size_t count) { return static_cast<T*>(::operator new (count * sizeof(T), std::align_val_t{64})); }
+    void deallocate(T* memory, size_t) { ::operator delete (memory, std::align_val_t{64}); }
     bool operator==(const Aligned&) const { return true; }
 };
 
@@ -138,7 +138,7 @@ inline double activate_exactly(double x, Activation activation) {
         case Activation::gelu_tanh:
             return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
         default:
-            return x;
+            return is_leaky_relu(activation) && x < 0 ? x * leaky_slope(activation) : x;
     }
 }
 

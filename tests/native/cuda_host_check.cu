@@ -42,7 +42,7 @@ double act(double x, int a) {
     if (a == 2) return x / (1 + std::exp(-x));
     if (a == 3) return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
     if (a == 4) return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
-    return x;
+    return a >= 5 && x < 0 ? x * (a == 5 ? 0.01 : a == 6 ? 0.1 : 0.2) : x;
 }
 
 struct Strides {
@@ -340,6 +340,8 @@ const Case kCases[] = {
     {"last, two stages", 1, 1, 520, 4, {1, 3, 9}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, true, false, false, 1, 0},
     {"last, dilated far", 1, 1, 16, 2, {1, 4, 5}, {1, 3, 3}, {1, 1, 1}, {0, 6, 6}, {0, 6, 6}, {1, 6, 6}, true, true, false, 0, 0},
     {"last 3-d, even", 1, 1, 8, 3, {3, 5, 6}, {2, 3, 4}, {1, 2, 1}, {0, 1, 1}, {1, 1, 2}, {1, 1, 1}, true, true, true, 2, 0},
+    {"last, leaky relu", 1, 1, 16, 3, {1, 5, 9}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, false, true, true, 6, 0},
+    {"depthwise, leaky relu", 2, 1, 40, 40, {1, 7, 9}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, false, true, false, 7, 0},
     {"depthwise", 2, 1, 40, 40, {1, 13, 34}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, true, true, true, 1, 0},
     {"depthwise odd", 2, 2, 35, 35, {1, 9, 7}, {1, 3, 3}, {1, 1, 1}, {0, 1, 1}, {0, 1, 1}, {1, 1, 1}, true, true, false, 0, 0},
     {"depthwise 5x5", 2, 1, 32, 32, {1, 19, 9}, {1, 5, 5}, {1, 1, 1}, {0, 2, 2}, {0, 2, 2}, {1, 1, 1}, true, true, false, 3, 0},

@@ -35,7 +35,7 @@ double act(double x, int a) {
     if (a == 2) return x / (1 + std::exp(-x));
     if (a == 3) return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
     if (a == 4) return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
-    return x;
+    return a >= 5 && x < 0 ? x * (a == 5 ? 0.01 : a == 6 ? 0.1 : 0.2) : x;
 }
 
 // ------------------------------------------------------------------------------------------- instructions, emulated
@@ -428,6 +428,7 @@ const Case kCases[] = {
     {"large tile, split", kLarge, 3, 1, 80, 128, 1, 8, 8, 3, 3, 1, 1, 1, 0, true, false, 1, 1, F32, 0},
     {"16 channels", kSmall, 1, 1, 16, 20, 1, 9, 9, 3, 3, 1, 1, 1, 0, true, false, 2, 2, BF16, 0},
     {"stride 2", kSmall, 1, 1, 32, 64, 1, 9, 11, 3, 3, 2, 1, 1, 0, true, false, 1, 3, F16, 0},
+    {"leaky relu", kSmall, 1, 1, 32, 64, 1, 9, 11, 3, 3, 1, 1, 1, 0, true, false, 1, 5, F32, 0},
     {"dilated far", kSmall, 1, 1, 16, 32, 1, 5, 4, 3, 3, 1, 6, 6, 0, true, false, 0, 0, I32, 0},
     {"5x3, strided pixels", kSmall, 1, 1, 32, 32, 1, 8, 8, 5, 3, 1, 1, 2, 0, true, false, 1, 4, F32, 32},
     {"enlarged", kSmall, 1, 1, 32, 48, 1, 5, 6, 3, 3, 1, 1, 1, 1, true, false, 2, 2, I8, 0},

@@ -59,6 +59,7 @@ struct Range2 {
 
 double activated(double x, int activation) {
     if (activation == 1) return x < 0 ? 0 : x;
+    if (activation == 6) return x < 0 ? 0.1 * x : x;
     return activation == 2 ? x / (1 + std::exp(-x)) : x;
 }
 
@@ -200,6 +201,7 @@ const Case kCases[] = {
     {"groups of 10, skip", F32, 2, 70, 200, 120, 32, true, true, false, 2, 0, 8},
     {"per pixel", BF16, 2, 63, 160, 0, 32, true, true, true, 2, 0, 8},
     {"per pixel, odd channels", F16, 1, 35, 21, 12, 3, true, false, true, 1, 0, 4},
+    {"leaky relu", F32, 1, 63, 64, 0, 8, true, true, false, 6, 0, 8},
     {"large mean", F32, 1, 400, 64, 0, 8, false, false, false, 2, 1000, 16},
     {"one channel a group", F32, 1, 30, 24, 0, 24, false, false, false, 0, 0, 1},
     {"many groups", F32, 1, 9, 320, 0, 320, true, false, false, 0, 0, 1},

@@ -44,6 +44,7 @@ double transformed(const std::vector<float>& x, int64_t row, int64_t c, int64_t 
     }
     const double v = x[row * channels + c];
     if (activation == 1) return v < 0 ? 0 : v;
+    if (activation == 6) return v < 0 ? 0.1 * v : v;
     return activation == 2 ? v / (1 + std::exp(-v)) : v;
 }
 
@@ -168,6 +169,7 @@ const Case kCases[] = {
     {"silu, a scale each", Element::float32, 9, 320, 2, true, true, true},
     {"geglu", Element::bfloat16, 6, 40, kGeglu, true, false, true},
     {"geglu, odd", Element::float32, 6, 21, kGeglu, false, true, false},
+    {"leaky relu", Element::float32, 11, 64, 6, false, true, false},
     {"relu", Element::float16, 11, 64, 1, false, true, false},
 };
 

@@ -155,6 +155,11 @@ const Case kCases[] = {
      {6, 3, 1, 1},
      {15, 3, 1, 1},
      {.out = DType::int8, .zero = -100, .activation = Activation::relu, .bias = true}},
+    {"int8, leaky relu",
+     {1, 1, 64, 70},
+     {6, 3, 1, 1},
+     {15, 3, 1, 1},
+     {.out = DType::int8, .zero = -100, .activation = Activation::leaky_relu_01, .bias = true, .out_zero = -90}},
     {"depthwise, float32",
      {2, 50, 1, 1},
      {7, 3, 2, 1},
@@ -350,7 +355,7 @@ double activate_exactly(double x, Activation activation) {
         case Activation::gelu_tanh:
             return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
         default:
-            return x;
+            return is_leaky_relu(activation) && x < 0 ? x * leaky_slope(activation) : x;
     }
 }
 
@@ -484,13 +489,18 @@ double seconds(int threads) {
 // Operations per second of dot() on one core: twelve independent chains of register operands.
 double burst(int64_t rounds) {
     vi acc[12];
-    const vi x = splat_lanes(0x01010101);
+    vi x = splat_lanes(0x01010101);
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) acc[i] = vi{};
     const double start = seconds(1);
     for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 48
-        for (int i = 0; i < 48; ++i) acc[i % 12] = dot(acc[i % 12], x, x);
+        for (int i = 0; i < 48; ++i) {
+#if defined(__SSE2__)
+            asm("" : "+x"(x));  // without VNNI the product is an operation of its own, which may not leave the loop
+#endif
+            acc[i % 12] = dot(acc[i % 12], x, x);
+        }
     vi sum{};
 #pragma GCC unroll 12
     for (int i = 0; i < 12; ++i) sum += acc[i];

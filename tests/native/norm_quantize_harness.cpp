@@ -48,6 +48,7 @@ const Case kGroupCases[] = {
     {"float16, a scale per pixel", DType::float16, Activation::silu, 2, 50, 40, 0, 5, true, false, false, 0, 0},
     {"gelu", DType::float32, Activation::gelu, 1, 30, 48, 0, 4, false, false, true, 0, 0},
     {"gelu_tanh, a scale per pixel", DType::float32, Activation::gelu_tanh, 1, 30, 19, 0, 1, true, true, false, 0, 0},
+    {"leaky relu", DType::float32, Activation::leaky_relu_02, 1, 30, 48, 0, 4, true, false, true, 0, 0},
     {"mean 1000 deviations", DType::float32, Activation::none, 1, 700, 64, 16, 8, true, false, false, 0, 1000},
     {"mean 1000 deviations, odd sizes", DType::float32, Activation::silu, 1, 77, 45, 0, 9, true, false, true, 0, -1000},
     {"no images", DType::float32, Activation::silu, 0, 16, 32, 0, 4, true, false, true, 0, 0},
@@ -158,7 +159,7 @@ struct Problem {
                 x = 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
                 break;
             default:
-                break;
+                if (is_leaky_relu(c.activation) && x < 0) x *= leaky_slope(c.activation);
         }
         return x * channel_scale[i];
     }

@@ -41,6 +41,7 @@ const Case kCases[] = {
     {"bfloat16", DType::bfloat16, Activation::none, 5, 81, 1, row_scales, false, false},
     {"float16, dynamic", DType::float16, Activation::none, 5, 81, 0, dynamic_affine, false, false},
     {"relu", DType::float32, Activation::relu, 5, 81, 0, one_scale, true, true},
+    {"leaky relu", DType::float32, Activation::leaky_relu_01, 5, 81, 0, one_scale, true, true},
     {"silu", DType::float32, Activation::silu, 5, 129, 0, one_scale, true, false},
     {"silu, dynamic", DType::float32, Activation::silu, 5, 45, 0, dynamic_affine, false, true},
     {"gelu", DType::float32, Activation::gelu, 5, 45, 0, one_scale, true, false},
@@ -123,7 +124,7 @@ double transformed_exactly(const Case& c, const Problem& q, int64_t row, int64_t
             x = x * gelu_of(at(c.channels + channel));
             break;
         default:
-            break;
+            if (is_leaky_relu(c.activation) && x < 0) x *= leaky_slope(c.activation);
     }
     return c.channel_scale ? x * q.channel_scale[static_cast<size_t>(channel)] : x;
 }

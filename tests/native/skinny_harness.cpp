@@ -88,6 +88,7 @@ const Case kOut[] = {
      false,
      3},
     {"odd channels in", 1, 1, 21, 2, {kFlat, {9, 5, 1, 2}, {10, 5, 1, 2}}, Activation::relu},
+    {"leaky relu", 1, 1, 32, 3, {kFlat, {5, 3, 1, 1}, {19, 3, 1, 1}}, Activation::leaky_relu_01},
     {"4 out, 7x7", 1, 1, 48, 4, {kFlat, {9, 7, 1, 3}, {23, 7, 1, 3}}, Activation::gelu},
     {"more padding than half of the row", 1, 1, 32, 3, {kFlat, {3, 7, 1, 3}, {4, 7, 1, 3}}, Activation::gelu_tanh},
     {"stride 2", 1, 1, 32, 3, {kFlat, {9, 3, 2, 1}, {21, 3, 2, 1}}},

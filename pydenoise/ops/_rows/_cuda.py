@@ -9,7 +9,6 @@ from pydenoise import _native
 
 MIN_CAPABILITY = (8, 0)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "geglu": 5}
 MAX_SIZE = 2**30  # of any axis, and of the pixels of an image
 
 

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pydenoise import _native
 from pydenoise.ops.registry import Backend
-
-ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
+from pydenoise.reference.activations import NUMBERS
 
 
 @cache
@@ -34,7 +33,7 @@ def _run(input, weight, input_scale, weight_scale, input_zero_point, bias, strid
     return torch.ops.pydenoise.int8_conv2d_cpu.default(
         input, weight, input_scale, weight_scale, input_zero_point, bias,
         [*stride, *padding, *dilation, *weight.shape[2:]], groups, channel_bias, film, residual,
-        ACTIVATIONS[activation], out_dtype, out_scale, out_zero_point, upsample,
+        NUMBERS[activation], out_dtype, out_scale, out_zero_point, upsample,
     )  # fmt: skip
 
 
@@ -112,5 +111,5 @@ def run_packed(
     return torch.ops.pydenoise.int8_conv2d_cpu_packed.default(
         input, packed.data, packed.kind, input_scale, weight_scale, input_zero_point, bias,
         [*packed.stride, *padding, *packed.dilation, *packed.kernel_size], packed.out_channels, packed.groups,
-        channel_bias, film, residual, ACTIVATIONS[activation], out_dtype, out_scale, out_zero_point, upsample,
+        channel_bias, film, residual, NUMBERS[activation], out_dtype, out_scale, out_zero_point, upsample,
     )  # fmt: skip

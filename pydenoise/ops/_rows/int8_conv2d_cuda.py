@@ -6,6 +6,7 @@ from torch import Tensor
 from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import Backend
 from pydenoise.ops.weighted_conv import output_size
+from pydenoise.reference.activations import NUMBERS
 
 
 def _size(input: Tensor, weight: Tensor, stride, padding, dilation, upsample: int) -> list[int]:
@@ -43,7 +44,7 @@ def _run(
         out_zero_point,
         output,
         [*stride, *padding, *dilation, groups, upsample],
-        _cuda.ACTIVATIONS[activation],
+        NUMBERS[activation],
     )
     return _cuda.as_image(output)
 

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from pydenoise.ops._rows import int8_conv2d_cpu
-from pydenoise.ops._rows.int8_conv2d_cpu import ACTIVATIONS, PackedInt8
+from pydenoise.ops._rows.int8_conv2d_cpu import PackedInt8
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 
 def _run(input, weight, input_scale, weight_scale, input_zero_point, bias, residual, activation, out_dtype, out_scale,
          out_zero_point):  # fmt: skip
     return torch.ops.pydenoise.int8_linear_cpu.default(
-        input, weight, input_scale, weight_scale, input_zero_point, bias, residual, ACTIVATIONS[activation], out_dtype,
+        input, weight, input_scale, weight_scale, input_zero_point, bias, residual, NUMBERS[activation], out_dtype,
         out_scale, out_zero_point,
     )  # fmt: skip
 
@@ -52,5 +53,5 @@ def run_packed(
     """The row's result with a weight that was packed once; the other arguments are those of the row."""
     return torch.ops.pydenoise.int8_linear_cpu_packed.default(
         input, packed.data, packed.kind, input_scale, weight_scale, input_zero_point, bias, packed.out_channels,
-        residual, ACTIVATIONS[activation], out_dtype, out_scale, out_zero_point,
+        residual, NUMBERS[activation], out_dtype, out_scale, out_zero_point,
     )  # fmt: skip

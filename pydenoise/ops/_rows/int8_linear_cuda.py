@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 
 def _unsupported(input: Tensor, *args) -> str | None:
@@ -30,7 +31,7 @@ def _run(
         out_scale,
         out_zero_point,
         output.view(tokens.shape[0], weight.shape[0]),
-        _cuda.ACTIVATIONS[activation],
+        NUMBERS[activation],
     )
     return output
 

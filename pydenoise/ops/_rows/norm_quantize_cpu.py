@@ -2,8 +2,9 @@
 
 import torch
 
-from pydenoise.ops._rows.quantize_cpu import ACTIVATIONS, unsupported_floats
+from pydenoise.ops._rows.quantize_cpu import unsupported_floats
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 _MEASURED = "bench/notes-int8-norm.md, the only compiled CPU backend"
 
@@ -17,7 +18,7 @@ def _group_norm(
     input, skip, num_groups, weight, bias, eps, film, activation, channel_scale, scale, zero_point
 ):  # fmt: skip
     codes, out_scale, out_zero_point = torch.ops.pydenoise.group_norm_quantize_cpu.default(
-        input, skip, num_groups, weight, bias, eps, film, ACTIVATIONS[activation], channel_scale, scale, zero_point
+        input, skip, num_groups, weight, bias, eps, film, NUMBERS[activation], channel_scale, scale, zero_point
     )
     return (codes, out_scale, out_zero_point) if scale is None else (codes, None, None)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 _MAX_CHANNELS = 6144  # csrc/norm_quantize/cuda.h: kMaxChannels
 
@@ -47,7 +48,7 @@ def _group_norm(input, skip, num_groups, weight, bias, eps, film, activation, ch
     output = input.new_empty((n, h, w, channels), dtype=torch.int8)
     row_scale, row_zero_point = _row_results(input, (n, 1, h, w), scale)
     torch.ops.pydenoise.group_norm_quantize_cuda.default(
-        _pixels(input), _pixels(skip), num_groups, weight, bias, eps, film, _cuda.ACTIVATIONS[activation],
+        _pixels(input), _pixels(skip), num_groups, weight, bias, eps, film, NUMBERS[activation],
         channel_scale, scale, zero_point, output.view(n, h * w, channels), row_scale, row_zero_point,
     )  # fmt: skip
     return _cuda.as_image(output), row_scale, row_zero_point

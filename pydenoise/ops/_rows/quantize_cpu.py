@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pydenoise import _native
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "geglu": 5}
 _MEASURED = "bench/notes-int8-norm.md, the only compiled CPU backend"
 
 
@@ -52,9 +52,9 @@ def _is_per_token(input: Tensor, scale: Tensor) -> bool:
 def _quantize(input, scale, zero_point, activation, channel_scale):
     run = torch.ops.pydenoise.quantize_cpu.default
     if not _is_per_token(input, scale):
-        return run(input, scale, zero_point, ACTIVATIONS[activation], channel_scale)
+        return run(input, scale, zero_point, NUMBERS[activation], channel_scale)
     zero_point = None if zero_point is None else zero_point.reshape(-1, 1)
-    codes = run(_image_tokens(input), scale.reshape(-1, 1), zero_point, ACTIVATIONS[activation], None)
+    codes = run(_image_tokens(input), scale.reshape(-1, 1), zero_point, NUMBERS[activation], None)
     return _image(codes, input.shape)
 
 
@@ -67,8 +67,8 @@ def _unsupported_quantize(input, scale, zero_point, activation, channel_scale):
 def _dynamic(input, granularity, activation, channel_scale, symmetric):
     run = torch.ops.pydenoise.quantize_dynamic_cpu.default
     if input.dim() != 4 or granularity == "pixel":
-        return run(input, ACTIVATIONS[activation], channel_scale, symmetric)
-    codes, scale, zero_point = run(_image_tokens(input), ACTIVATIONS[activation], None, symmetric)
+        return run(input, NUMBERS[activation], channel_scale, symmetric)
+    codes, scale, zero_point = run(_image_tokens(input), NUMBERS[activation], None, symmetric)
     shape = (*input.shape[:-1], 1)
     return _image(codes, input.shape), scale.view(shape), zero_point.view(shape)
 

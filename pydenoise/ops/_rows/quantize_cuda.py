@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 _CHANNELS_LAST = torch.channels_last
 
@@ -59,7 +60,7 @@ def _quantize(input, scale, zero_point, activation, channel_scale) -> Tensor:
     rows = _rows_of(input, pixels)
     output = rows.new_empty(_halved(rows.shape, activation), dtype=torch.int8)
     torch.ops.pydenoise.quantize_cuda.default(
-        rows, _cuda.dense(scale), _cuda.dense(zero_point), channel_scale, output, _cuda.ACTIVATIONS[activation]
+        rows, _cuda.dense(scale), _cuda.dense(zero_point), channel_scale, output, NUMBERS[activation]
     )
     return _as_returned(output, pixels)
 
@@ -71,7 +72,7 @@ def _quantize_dynamic(input, granularity, activation, channel_scale, symmetric) 
     shape = (input.shape[0], 1, *input.shape[2:]) if pixels else (*rows.shape[:-1], 1)
     scale, zero_point = rows.new_empty(shape, dtype=torch.float32), rows.new_empty(shape, dtype=torch.int32)
     torch.ops.pydenoise.quantize_dynamic_cuda.default(
-        rows, channel_scale, output, scale, zero_point, _cuda.ACTIVATIONS[activation], symmetric
+        rows, channel_scale, output, scale, zero_point, NUMBERS[activation], symmetric
     )
     return _as_returned(output, pixels), scale, zero_point
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from pydenoise import _native
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_ACTIVATIONS = {"none": 0, "relu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4}
 
 
 @cache
@@ -79,7 +79,7 @@ def _run(input, weight, density, bias, residual, stride, padding, dilation, grou
         residual,
         [*stride, *padding, *dilation, *weight.shape[2:]],
         groups,
-        _ACTIVATIONS[activation],
+        NUMBERS[activation],
         algorithm == "auto",
     )
 
@@ -196,5 +196,5 @@ def run_packed(
         [*packed.stride, *padding, *packed.dilation, *packed.kernel_size],
         packed.out_channels,
         packed.groups,
-        _ACTIVATIONS[activation],
+        NUMBERS[activation],
     )

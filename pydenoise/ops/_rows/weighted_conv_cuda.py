@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pydenoise.ops._rows import _cuda
 from pydenoise.ops.registry import Backend
+from pydenoise.reference.activations import NUMBERS
 
 _SKINNY_IN, _SKINNY_OUT, _DEPTHWISE = 0, 1, 2
 # csrc/weighted_conv/cuda.h: kMaxSkinny, and kMaxSharedBytes / 4 / kChannelBlock, the weights per channel that fit.
@@ -99,7 +100,7 @@ def _run(input, weight, density, bias, residual, stride, padding, dilation, grou
         output,
         [*stride, *padding, *dilation, *kernel],
         _kind(input.shape[1], weight.shape[0], groups),
-        _cuda.ACTIVATIONS[activation],
+        NUMBERS[activation],
     )
     return _as_declared(output)
 
