@@ -9,8 +9,8 @@ from pydenoise.nn._blocks import Int8Block, activation_name
 from pydenoise.nn._plans import Plans, Request, ask, keeps_float
 from pydenoise.nn.fused_conv import FusedConv2d
 from pydenoise.nn.int8_conv2d import Int8Conv2d, plain_conv
+from pydenoise.reference.activations import HOMOGENEOUS
 
-_HOMOGENEOUS = ("none", "relu")  # a positive factor passes through
 _SKIPPED = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -19,7 +19,7 @@ class Int8Chain(Int8Block):
 
     Where a layer's scale is known beforehand ("per_tensor", "per_timestep"), the layer before it writes the int8 codes
     that it reads; where it is computed ("per_pixel"), a float image passes between them. A smoothed layer's channel
-    factors are folded into the layer before it, if a factor passes its activation (none, ReLU).
+    factors are folded into the layer before it, if a factor passes its activation (none, ReLU, leaky ReLU).
     """
 
     def __init__(self, layers: Iterable[Int8Conv2d]):
@@ -43,7 +43,7 @@ class Int8Chain(Int8Block):
 
         Args:
             layers: convolutions, each perhaps followed by a BatchNorm2d (folded into it) and an activation (SiLU, ReLU,
-                GELU); Identity and Dropout are left out.
+                LeakyReLU, GELU); Identity and Dropout are left out.
             plans: how each convolution is quantized: one scheme for all, a mapping from names ("0", "2", ...: its name
                 in the Sequential, or its place among ``layers``), or a function.
             gain: multiplies the last layer's output: -1 for ``residual - chain(x)``.
@@ -122,7 +122,7 @@ def fold_smoothing(first: nn.Module, second: Int8Conv2d) -> None:
     factors = second.channel_scale
     if factors is None or not isinstance(first, (Int8Conv2d, FusedConv2d)):
         return
-    if first.activation not in _HOMOGENEOUS or factors.numel() != first.out_channels:
+    if first.activation not in HOMOGENEOUS or factors.numel() != first.out_channels:
         return
     with torch.no_grad():
         if isinstance(first, Int8Conv2d):

@@ -7,8 +7,9 @@ eq. 4; Nagel et al., "Data-Free Quantization", ICCV 2019, eq. 11 (cross-layer).
 import torch
 from torch import Tensor
 
-# Activations f with f(s x) = s f(x) for s > 0: a factor passes through them.
-HOMOGENEOUS = ("none", "relu", "leaky_relu")
+from pydenoise.reference import activations
+
+HOMOGENEOUS = (*activations.HOMOGENEOUS, "leaky_relu")  # the last: of any slope
 _LEAST, _MOST = 1e-3, 1e3  # factors beyond these would move numbers out of half precision's range
 
 
@@ -77,7 +78,8 @@ def equalize(
     Args:
         producer_weight: [C, ...]. producer_bias: [C] or ``None``. consumer_weight: [C_out, C / groups, ...].
         factors: [C], positive: of :func:`smoothing_factors` or :func:`cross_layer_factors`.
-        groups: of the consumer. activation: "none", "relu" or "leaky_relu".
+        groups: of the consumer. activation: "none", "relu", "leaky_relu" (of any slope), or a leaky ReLU as the ops
+            name it.
 
     Returns:
         (producer_weight / r, producer_bias / r, consumer_weight * r), new tensors of the given dtypes.

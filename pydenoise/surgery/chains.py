@@ -5,6 +5,7 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from pydenoise.surgery import inplace, layers
@@ -13,6 +14,8 @@ from pydenoise.surgery.policy import Policy
 _ADDS = (operator.add, torch.add, "add")
 _INPLACE_ADDS = (inplace.iadd, "add_")
 _SUBS = (operator.sub, torch.sub, torch.subtract, "sub")
+# Arguments in front of `inplace`, where it may be given by position.
+_BEFORE_INPLACE = {F.relu: 1, F.silu: 1, F.leaky_relu: 2}
 
 
 class Untraceable(Exception):
@@ -244,7 +247,7 @@ def mutates(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return node.target.endswith("_") and not node.target.endswith("__")
     if node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        positional = node.target in (torch.nn.functional.relu, torch.nn.functional.silu) and len(node.args) > 1
+        positional = len(node.args) > _BEFORE_INPLACE.get(node.target, len(node.args))
         written = node.kwargs.get("inplace") or node.kwargs.get("out") is not None or positional
         named = name == "setitem" or (name.endswith("_") and not name.endswith("__"))
         return bool(written or named or node.target in inplace.FUNCTIONS)

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
+from pydenoise.reference.activations import LEAKY_SLOPES, leaky_relu_name
 
 CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _WEIGHTED = {WeightedConv1d: 1, WeightedConv2d: 2, WeightedConv3d: 3}
@@ -14,9 +15,9 @@ _NORMS = {nn.BatchNorm1d: (1,), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}
 _ACTIVATION_MODULES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 _QUANTIZED_PACKAGES = ("torch.ao.nn.quantized", "torch.ao.nn.qat", "torch.ao.nn.intrinsic", "torchao.")
-# Other names under which an activation may meet a convolution; said so in the report instead of "has no fused form".
+# Other activations that may meet a convolution, named in the report.
 OTHER_ACTIVATIONS = (
-    nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Mish,
+    nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.ReLU6, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Mish,
     nn.Sigmoid, nn.Tanh, nn.Softplus, nn.GLU,
 )  # fmt: skip
 
@@ -97,6 +98,8 @@ def module_activation(module: nn.Module) -> str | None:
         return None
     if type(module) is nn.GELU:
         return _GELU.get(module.approximate)
+    if type(module) is nn.LeakyReLU:
+        return leaky_relu_name(module.negative_slope)
     return _ACTIVATION_MODULES.get(type(module))
 
 
@@ -110,6 +113,10 @@ def function_activation(target: object, args: tuple, kwargs: dict) -> str | None
         if len(args) + len(kwargs) > 1 or not set(kwargs) <= {"approximate"}:
             return None
         return _GELU.get(args[0] if args else kwargs.get("approximate", "none"))
+    if target in (F.leaky_relu, F.leaky_relu_):
+        if len(args) + len(kwargs) > 2 or not set(kwargs) <= {"negative_slope", "inplace"}:
+            return None
+        return leaky_relu_name(args[0] if args else kwargs.get("negative_slope", 0.01))
     return None
 
 
@@ -134,8 +141,11 @@ def why_kept(module: nn.Module) -> str:
         return "a batch normalisation that does not directly follow a swapped convolution"
     if module_activation(module) is not None:
         return "an activation that does not directly follow a swapped convolution"
+    if type(module) is nn.LeakyReLU:
+        slopes = ", ".join(map(str, LEAKY_SLOPES.values()))
+        return f"no fused form for LeakyReLU of slope {module.negative_slope}: the fused slopes are {slopes}"
     if isinstance(module, OTHER_ACTIVATIONS):
-        return f"no fused form for {name}: the fused activations are ReLU, SiLU and GELU"
+        return f"no fused form for {name}: the fused activations are ReLU, LeakyReLU, SiLU and GELU"
     return "no convolution: runs as it is"
 
 
