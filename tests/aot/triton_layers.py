@@ -69,7 +69,7 @@ def _weighted_arguments(variant: wc.Variant, problem: Problem) -> dict:
     groups = channels if kind == "depthwise" else 1
     stride = 2 if kind == "strided" else 1
     dims, size = {"1d": (1, 4096), "2d": (2, 64), "3d": (3, 32), "wide": (2, 40000)}[form]
-    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "relu"}[form]
+    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "leaky_relu_0.1"}[form]
 
     def picture(count: int, size: int) -> Tensor:
         return image(4, count, *(size,) * dims, dtype=dtype)

@@ -90,7 +90,7 @@ def test_matches_reference(name, dtype):
     check(kernels.forward(*args), args)
 
 
-@pytest.mark.parametrize("activation", ("none", "relu", "silu", "gelu_tanh"))
+@pytest.mark.parametrize("activation", ("none", "relu", "silu", "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.2"))
 def test_activations(activation):
     args = arguments("tokens", activation=activation)
     check(kernels.forward(*args), args)
