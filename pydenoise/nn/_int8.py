@@ -12,7 +12,7 @@ from pydenoise.nn._frozen import Frozen, Norm
 from pydenoise.nn._plans import definite_scheme
 from pydenoise.ops import quantize as quantize_op
 from pydenoise.ops._arguments import check_choice
-from pydenoise.ops._quantized import FLOATS, call, check_codes, scale_of, zero_point_of
+from pydenoise.ops._quantized import FLOATS, call, check_accumulation, check_codes, scale_of, zero_point_of
 from pydenoise.quantization import LayerPlan, Scheme
 from pydenoise.reference.activations import ACTIVATIONS, INPUT_ACTIVATIONS
 
@@ -38,6 +38,7 @@ class Int8Layer(Frozen):
             raise ValueError("scheme: 'float' keeps a layer as it is; an int8 layer needs another scheme")
         self._channels = channels
         rows = weight_shape[0]
+        check_accumulation(math.prod(weight_shape[1:]), affine=not self.scheme.symmetric)
         self.register_buffer("weight", torch.zeros(weight_shape, dtype=torch.int8, device=device))
         self.register_buffer("weight_scale", torch.ones(rows, device=device))
         self.register_buffer("bias", torch.zeros(rows, device=device) if bias else None)

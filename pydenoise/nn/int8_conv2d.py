@@ -10,7 +10,7 @@ from pydenoise.nn._plans import Choice, plan_of
 from pydenoise.nn.fused_conv import FusedConv2d
 from pydenoise.ops import int8_conv2d as op
 from pydenoise.ops._arguments import int_tuple
-from pydenoise.ops._quantized import call, check_accumulation, optional_vector, output_scale_of, residual_of
+from pydenoise.ops._quantized import call, optional_vector, output_scale_of, residual_of
 from pydenoise.ops.weighted_conv import explicit_padding, output_size
 from pydenoise.quantization import LayerStatistics, Scheme
 
@@ -60,7 +60,6 @@ class Int8Conv2d(Int8Layer):
         self.padding, self._pads = padding, _explicit(padding, self.kernel_size, self.stride, self.dilation)
         self.activation = _int8.check_activation(activation)
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        check_accumulation(shape[1] * shape[2] * shape[3])
         self._create(shape, in_channels, bias, scheme, device)
 
     # ------------------------------------------------------------------------------------------------- forward

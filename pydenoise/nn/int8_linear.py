@@ -10,7 +10,7 @@ from pydenoise.nn._frozen import refuse_training
 from pydenoise.nn._int8 import Codes, Int8Layer
 from pydenoise.nn._plans import Choice, plan_of
 from pydenoise.ops import int8_linear as op
-from pydenoise.ops._quantized import call, check_accumulation, output_scale_of, residual_of
+from pydenoise.ops._quantized import call, output_scale_of, residual_of
 from pydenoise.quantization import LayerStatistics, Scheme
 
 
@@ -42,7 +42,6 @@ class Int8Linear(Int8Layer):
         for name, value in (("in_features", in_features), ("out_features", out_features)):
             if value < 1:
                 raise ValueError(f"{name}: expected a positive int, got {value}")
-        check_accumulation(in_features)
         self.in_features, self.out_features = in_features, out_features
         self.activation = _int8.check_activation(activation)
         self._create((out_features, in_features), in_features, bias, scheme, device)

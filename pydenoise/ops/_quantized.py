@@ -13,7 +13,9 @@ from pydenoise.ops._arguments import check_tensor
 OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
-MAX_ACCUMULATED = (2**31 - 1) // (128 * 128)  # products of int8 codes whose sum always fits an int32
+# Products whose sum always fits an int32: of int8 codes, and of weights with codes less a zero point (-255..255).
+MAX_ACCUMULATED = (2**31 - 1) // (128 * 128)
+MAX_ACCUMULATED_AFFINE = (2**31 - 1) // (128 * 255)
 
 
 def call(op: str, torch_op: Callable, args: tuple, backend: str) -> object:
@@ -72,9 +74,9 @@ def residual_of(value: object, shape: tuple[int, ...], like: Tensor) -> Tensor |
 
 def _values_are_known(tensor: Tensor) -> bool:
     """Whether looking at the values costs no wait for a device, no graph break, and no refusal of a recording."""
-    if _len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return False
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) in _PLAIN_TENSORS
+    return tensor.device.type == "cpu" and type(tensor) in _PLAIN_TENSORS
 
 
 def scale_of(name: str, value: object, like: Tensor, shapes: dict[str, tuple[int, ...]]) -> Tensor:
@@ -161,11 +163,13 @@ def check_plain(out_dtype: torch.dtype, scale: Tensor, **fused: object) -> None:
             raise ValueError(f"{name}: torch.int32 outputs are the raw accumulators, nothing can be fused into them")
 
 
-def check_accumulation(terms: int) -> None:
-    """The sum of ``terms`` products fits the int32 accumulators."""
-    if terms > MAX_ACCUMULATED:
+def check_accumulation(terms: int, affine: bool = False) -> None:
+    """The sum of ``terms`` products fits the int32 accumulators; ``affine``: the input has zero points."""
+    most = MAX_ACCUMULATED_AFFINE if affine else MAX_ACCUMULATED
+    if terms > most:
+        with_points = " with zero points" if affine else ""
         raise ValueError(
-            f"weight: {terms} products per output may overflow the int32 accumulators; at most {MAX_ACCUMULATED} fit"
+            f"weight: {terms} products per output{with_points} may overflow the int32 accumulators; at most {most} fit"
         )
 
 

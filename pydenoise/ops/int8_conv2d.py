@@ -75,7 +75,8 @@ def int8_conv2d(
 
     Args:
         input: torch.int8 [N, C_in, H, W], any strides. Padding holds the zero point: it adds nothing to ``acc``.
-        weight: torch.int8 [C_out, C_in / groups, K_h, K_w], symmetric. At most 131071 products per output.
+        weight: torch.int8 [C_out, C_in / groups, K_h, K_w], symmetric. At most 131071 products per output
+            (65793 with a zero point), so that no accumulator can overflow.
         input_scale: one positive number or 0-d tensor, or per pixel [N, 1, H, W] (each tap is rescaled as it is added).
         weight_scale: one, or [C_out]. bias: [C_out].
         input_zero_point: int or integer tensor of ``input_scale``'s shape, -128..127.
@@ -123,6 +124,7 @@ def prepare(
     batch, channels = input.shape[0], weight.shape[0]
     input_scale = scale_of("input_scale", input_scale, input, {"per pixel": (batch, 1, *input.shape[2:])})
     input_zero_point = zero_point_of("input_zero_point", input_zero_point, input_scale)
+    check_accumulation(weight[0].numel(), affine=input_zero_point is not None)
     weight_scale = weight_scale_of(weight_scale, channels, input)
     bias = optional_vector("bias", bias, (channels,), input)
     channel_bias = optional_vector("channel_bias", channel_bias, (batch, channels), input)
@@ -157,7 +159,6 @@ def _check_shapes(input: Tensor, weight: Tensor, groups: int, upsample: int) -> 
         )
     if upsample not in (1, 2) or isinstance(upsample, bool):
         raise ValueError(f"upsample: expected 1 or 2, got {upsample!r}")
-    check_accumulation(weight[0].numel())
 
 
 def weight_scale_of(value: object, channels: int, like: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def int8_linear(
     """``activation(input_scale * weight_scale * acc + bias) + residual`` with ``acc = weight @ (input - zero_point)``.
 
     Args:
-        input: torch.int8 [..., K], at least 1-D. weight: torch.int8 [O, K], K at most 131071.
+        input: torch.int8 [..., K], at least 1-D. weight: torch.int8 [O, K], K at most 131071 (65793 with a zero
+            point).
         input_scale: one positive number or 0-d tensor, or per token [..., 1].
         weight_scale: one, or [O]. bias: [O]. residual: [..., O]; float32, bfloat16 or float16.
         input_zero_point, activation, out_dtype, out_scale, out_zero_point, backend: as in
@@ -81,11 +82,11 @@ def prepare(
         raise ValueError(f"weight: expected a non-empty [O, K], got shape {tuple(weight.shape)}")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(f"input: expected [..., {weight.shape[1]}] (weight's K), got shape {tuple(input.shape)}")
-    check_accumulation(weight.shape[1])
     check_choice("activation", activation, ACTIVATIONS)
     channels = weight.shape[0]
     input_scale = scale_of("input_scale", input_scale, input, {"per token": (*input.shape[:-1], 1)})
     input_zero_point = zero_point_of("input_zero_point", input_zero_point, input_scale)
+    check_accumulation(weight.shape[1], affine=input_zero_point is not None)
     weight_scale = weight_scale_of(weight_scale, channels, input)
     bias = optional_vector("bias", bias, (channels,), input)
     residual = residual_of(residual, (*input.shape[:-1], channels), input)
