@@ -553,6 +553,21 @@ def test_inplace(make):
     assert_close(model, twin, *args)
 
 
+def test_inplace_is_all_or_nothing(monkeypatch):
+    model = Timed().eval()
+    twin, args = copy.deepcopy(model), (torch.randn(1, 3, 16, 16), torch.tensor([9.0]))
+    monkeypatch.setattr("pydenoise.surgery.int8.compare", lambda *_: "broken")
+    with pytest.raises(RuntimeError, match="the int8 model gives another result: broken"):
+        accelerate(model, args, inplace=True)
+    assert torch.equal(output(model, *args), output(twin, *args)) and not int8_layers(model)
+
+
+def test_a_dynamic_scheme_needs_no_calibration():
+    model, x = Shared().eval(), torch.randn(1, 3, 12, 12)
+    _, report = accelerate(model, x, scheme=Scheme("per_pixel", symmetric=True))
+    assert {layer.scheme for layer in report.layers} == {"per_pixel symmetric"}
+
+
 @pytest.mark.skipif(not RECORDS, reason="no recordings here")
 def test_recorded_and_not_are_the_same():
     model = conditional_unet()

@@ -72,12 +72,16 @@ class Int8Acceleration:
             return self._unchanged()
         self.calibration, self.measured_only = self._calibrated()
         self.seen = int8_blocks.watch(self.model, lambda: self.example.run(self.model))
-        twin = copy.deepcopy(self.original) if measure and self.inplace else self.original
         model, report = self._swapped()
         if not report.layers:
-            warnings.warn("accelerate: no layer of this model was quantized; the report says why", stacklevel=4)
+            warnings.warn("accelerate: no layer of this model was quantized; the report says why", stacklevel=3)
         self._attach_timesteps(model)
         self._compare(model, report)
+        twin = self.original
+        if self.inplace:  # all went well on a copy: its parts move into the caller's model
+            twin = copy.copy(self.original)
+            self.original.__dict__.update(model.__dict__)
+            model = self.original
         self._record(model)
         if measure and report.swapped:
             report.original_ms, report.accelerated_ms, report.speedup, report.rounds = time_side_by_side(
@@ -162,13 +166,13 @@ class Int8Acceleration:
                 return self._graph()
             except Untraceable as error:
                 self._note(f"another way was taken, because the model could not be rewritten as a graph: {error}")
-        model = self.model if self.inplace else copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model)
         plans = self._plans(model)
         swapped, kept = int8_blocks.swap_convs(model, plans)
         return self._done(model, "modules", swapped, kept, plans)
 
     def _blocks(self) -> tuple[nn.Module, AccelerationReport]:
-        model = self.model if self.inplace else copy.deepcopy(self.model)
+        model = copy.deepcopy(self.model)
         plans, dtype = self._plans(model), _float_dtype()
         surgeon = int8_blocks.BlockSurgeon(model, plans, self.seen.skips, dtype)
         surgeon.operate()

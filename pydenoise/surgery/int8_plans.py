@@ -8,6 +8,7 @@ from torch import nn
 from pydenoise.nn._plans import Choice, Request
 from pydenoise.quantization import Calibration, Decision, Scheme, choose_layer
 from pydenoise.quantization.observers import kind_of
+from pydenoise.quantization.schemes import AUTO
 from pydenoise.surgery.policy import Policy
 from pydenoise.surgery.recipe import FLOAT, Recipe
 from pydenoise.surgery.report import Kept, QuantizedLayer
@@ -23,7 +24,8 @@ class Int8Plans:
     Args:
         policy: of the model under surgery. outer: names of its first and its last convolution.
         calibration: statistics of the layers' inputs. scheme: a :class:`Scheme`, or "auto": chosen per layer by its
-            measured error. measured_only: the calibration serves for the report alone, and layers get dynamic scales.
+            measured error. measured_only: the calibration serves for the report alone, and "auto" means scales computed
+            from each input.
         target_db, float_below: see :func:`pydenoise.quantization.choose_layer`.
     """
 
@@ -39,9 +41,9 @@ class Int8Plans:
         float_below: float | None,
     ):
         self.policy, self.outer, self.calibration = policy, outer, calibration
-        self.schemes = None if scheme == "auto" else (scheme,)
-        if measured_only:
-            self.schemes = (DYNAMIC,)
+        self.schemes = (scheme,)
+        if scheme == AUTO:
+            self.schemes = (DYNAMIC,) if measured_only else None
         self.target_db, self.float_below = target_db, float_below
         self.layers: list[QuantizedLayer] = []
         self.kept: list[Kept] = []
@@ -121,7 +123,7 @@ class StoredPlans(Int8Plans):
     """Answers as a recipe says, without numbers: they are loaded later."""
 
     def __init__(self, policy: Policy, recipe: Recipe):
-        super().__init__(policy, set(), None, "auto", measured_only=False, target_db=0.0, float_below=None)
+        super().__init__(policy, set(), None, AUTO, measured_only=False, target_db=0.0, float_below=None)
         self.recipe = recipe
 
     def allows(self, name: str) -> bool:
