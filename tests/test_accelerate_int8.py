@@ -461,6 +461,9 @@ def test_scales_follow_the_timestep():
     assert used[0] < used[1]
     assert torch.equal(output(int8, x, batches[0][1]), output(int8, timestep=batches[0][1], x=x))
     assert_stands_copying(int8, *batches[2])
+    expected = [output(int8, *args) for args in batches]
+    int8.to(torch.float32)  # moves nothing, and must not leave a recording with scales that nobody switches
+    assert all(torch.equal(output(int8, *args), value) for args, value in zip(batches, expected, strict=True))
     for call in ((x,), (x, None)):
         with pytest.raises(TypeError, match="timestep"):
             int8(*call)

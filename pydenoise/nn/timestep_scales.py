@@ -40,13 +40,14 @@ class TimestepScales(nn.Module):
         self.timesteps = timesteps
         # In a plain list: the layers belong to the model.
         self.__dict__["_layers"] = [module for module in modules if isinstance(module, Int8Layer)]
+        self.__dict__["_current"] = None
         self._drop()
         self.training = False
         self._check_tables()
 
     def _drop(self) -> None:
-        """Forget what :meth:`refresh` made."""
-        self.__dict__.update(_timed=None, _tables=None, _current=None, _edges=None)
+        """Forget what :meth:`refresh` made, but for the memory of the current row: recordings read it."""
+        self.__dict__.update(_timed=None, _tables=None, _edges=None)
 
     def _check_tables(self) -> None:
         for layer in self._layers:
@@ -125,8 +126,11 @@ class TimestepScales(nn.Module):
             edges = torch.tensor(self.timesteps.edges, dtype=torch.float64, device=scale.device)
             self.__dict__.update(_tables=(scale, zero_point, symmetric), _edges=edges)
             everything = self._merged(torch.arange(len(self.timesteps), device=scale.device))
-            current = tuple(values.clone() for values in everything)
-            self.__dict__["_current"] = current
+            current = self._current
+            if current is None or current[0].shape != scale[0].shape or current[0].device != scale.device:
+                current = self.__dict__["_current"] = tuple(values.clone() for values in everything)
+            for row, values in zip(current, everything, strict=True):
+                row.copy_(values)
             for index, layer in enumerate(timed):
                 layer._slot = (current[0][index], None if points[index] is None else current[1][index])
 
