@@ -49,6 +49,7 @@ class Timing:
             "quartile1_s": quantile(ordered, 0.25),
             "quartile3_s": quantile(ordered, 0.75),
             "cpu_median_s": statistics.median(self.cpu_seconds) if self.cpu_seconds else None,
+            "cpu_min_s": min(self.cpu_seconds, default=None),
             "samples_s": list(self.seconds),
         }
 
