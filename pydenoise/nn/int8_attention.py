@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydenoise import functional as PF
 from pydenoise.nn._blocks import (
     Int8Block,
     as_image,
@@ -21,6 +22,7 @@ from pydenoise.nn._blocks import (
 from pydenoise.nn._frozen import Norm
 from pydenoise.nn._plans import Plans
 from pydenoise.nn.int8_linear import joined
+from pydenoise.ops._quantized import FLOATS
 
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "AttentionProcessor")
 _REFUSED = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -109,7 +111,12 @@ def attend(
     """Scaled dot product attention of q, k and v, each [N, tokens, heads * size]; the result has q's shape.
 
     ``mask``: added to the scores, or boolean; broadcasts to [N, heads, tokens of q, tokens of k].
+
+    On the CPU this is ``PF.attention``, which reads the projections as they are and was never slower than torch's
+    (bench/notes-attention.md); elsewhere, and where gradients are wanted, torch's.
     """
+    if projections[0].is_cpu and projections[0].dtype in FLOATS and not any(t.requires_grad for t in projections):
+        return PF.attention(*projections, heads, scale=scale, mask=mask)
     q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in projections)
     if q.shape[0] == 0:
         return torch.empty_like(projections[0])
