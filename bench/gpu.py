@@ -487,6 +487,53 @@ def timings(run: Run) -> None:
             torch.cuda.empty_cache()
 
 
+def check_int8(run: Run) -> int:
+    """The int8 rows on their case tables; returns how many checks failed."""
+    import gpu_int8
+
+    counts = {"passed": 0, "skipped": 0}
+    failures = []
+    for name, wrong in gpu_int8.checks(run.args.filter):
+        if wrong is None:
+            counts["passed"] += 1
+        elif wrong.startswith("skipped"):
+            counts["skipped"] += 1
+        else:
+            failures.append({"check": name, "wrong": wrong})
+            say(f"FAILED {name}: {wrong}")
+        if run.out_of_time():
+            say("int8 checks: out of time")
+            break
+    run.result["check_int8"] = {**counts, "failures": failures}
+    say(f"int8: {counts['passed']} passed, {counts['skipped']} skipped, {len(failures)} failed")
+    run.save()
+    return len(failures)
+
+
+def time_int8(run: Run) -> None:
+    """The int8 layers of diffusion U-Nets."""
+    import gpu_int8
+    import torch
+
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    peak = gpu_int8.int8_peak(interleaved, flush)
+    say(f"int8 peak of a large matrix product: {peak:.0f} TOP/s")
+    run.result["int8_peak_TOPS"], run.result["time_int8"] = round(peak, 1), []
+    for layer in gpu_int8.layers():
+        if run.args.filter not in layer.name:
+            continue
+        if run.out_of_time():
+            say("int8 times: out of time")
+            return
+        row = gpu_int8.time_layer(layer, run.args.rounds, not run.args.no_compile, peak, interleaved, flush)
+        run.result["time_int8"].append(row)
+        say(f"{layer.name:34s} {row['ms']} | over bf16 {row['speedup_over_bf16']} | of peak {row['of_int8_peak']}")
+        for provider, why in row["not_run"].items():
+            say(f"    {provider} failed: {why}")
+        run.save()
+        torch.cuda.empty_cache()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the sections asked for; returns the exit code."""
     args = parse(argv)
@@ -496,7 +543,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.build:
         build()
-    sys.path.insert(0, str(ROOT))  # the checkout's package where it is not installed
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]  # the checkout's package where it is not installed
     facts = describe()
     for key, value in facts.items():
         say(f"{key}: {value}")
@@ -507,9 +554,10 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, path, {"date": stamp, "command": command, "machine": facts})
     failures = 0
     if args.only != "time":
-        failures = check(run)
+        failures = check(run) + check_int8(run)
     if args.only != "check":
         timings(run)
+        time_int8(run)
     run.save()
     say(f"written: {path}")
     return 1 if failures else 0
