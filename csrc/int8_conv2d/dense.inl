@@ -170,7 +170,6 @@ struct DenseRun {
                 task.codes = codes + position * 4;
                 task.scales = gather.scales + position;
                 task.zeros = gather.zeros + position;
-                finisher.fetch(pixels, strip.n, strip.row + row, strip.column + first);
                 (rescaled ? kScaledTiles : kIntegerTiles)[pixels - 1][vectors - 1](task, sums);
                 task.ahead += task.ahead_step * plan.taps * plan.steps;
                 finisher.task.row_scales = task.scales;
@@ -184,6 +183,7 @@ struct DenseRun {
 void dense_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch, uint64_t call) {
     DenseRun run(p, scratch, call);
     for (int64_t item = begin; item < end; ++item) run.item(item);
+    if (run.finisher.task.streamed) end_stream();
 }
 
 const char* dense_unsupported(const ConvParams&) { return nullptr; }

@@ -34,6 +34,7 @@ struct FinishTask {
     int64_t residual_stride;
     DType residual_dtype;
     Activation activation;
+    bool streamed;  // float32 output past the caches
     float out_scale;
     int32_t out_zero, out_low;
 };
@@ -79,6 +80,34 @@ PDN_INLINE void store_codes(int8_t* to, vi code, int lanes) {
     std::memcpy(to, &narrow, static_cast<size_t>(lanes < kWidth ? lanes : kWidth));
 }
 
+// Past the caches: a line that is written as a whole need not be read first. Aligned.
+PDN_INLINE void stream(float* to, vf y) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, (__m512)y);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, (__m256)y);
+#elif defined(__SSE2__)
+    _mm_stream_ps(to, (__m128)y);
+#else
+    store(to, y);
+#endif
+}
+
+// Streamed stores are seen by other threads, in order, only after this.
+PDN_INLINE void end_stream() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+PDN_INLINE void store_value(float* to, vf y, int lanes, const FinishTask& t) {
+    if (lanes < kWidth)
+        store_partial(to, y, lanes);
+    else if (t.streamed)
+        stream(to, y);
+    else
+        store(to, y);
+}
 template <class T>
 PDN_INLINE void store_value(T* to, vf y, int lanes, const FinishTask&) {
     if (lanes >= kWidth)
@@ -219,6 +248,17 @@ PDN_INLINE int64_t bytes_of(DType dtype) {
     return dtype == DType::int8 ? 1 : dtype == DType::bfloat16 || dtype == DType::float16 ? 2 : 4;
 }
 
+// An output that the caches cannot hold until somebody reads it is written past them, where that is whole lines.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+bool is_streamed(const ConvParams& p) {
+    const auto whole = [](int64_t elements) { return elements * 4 % 64 == 0; };
+    const int64_t elements = p.batch * p.rows.out_size * p.columns.out_size * p.groups * p.out_channels;
+    return p.out_dtype == DType::float32 && elements * 4 >= kStreamBytes &&
+           reinterpret_cast<uintptr_t>(p.output) % 64 == 0 && whole(p.out_channels) && whole(p.out_batch_stride) &&
+           whole(p.rows.out_stride) && whole(p.columns.out_stride);
+}
+
 // Finishes tiles of a call: knows the tensors, `at` moves it to pixels.
 struct Finisher {
     const ConvParams& p;
@@ -233,6 +273,7 @@ struct Finisher {
         task.residual_dtype = p.residual_dtype;
         task.activation = p.activation;
         task.out_stride = p.columns.out_stride;
+        task.streamed = is_streamed(p);
         task.residual_stride = p.columns.residual_stride;
         if (p.out_dtype != DType::int8) return;
         task.out_scale = *p.out_scale;
@@ -264,16 +305,6 @@ struct Finisher {
             channels.scale[i] = scale;
             channels.shift[i] = shift;
         }
-    }
-
-    // Fetch the lines that `pixels` will touch, while the sums are still being made: a store that waits for its line in
-    // the order of stores holds up the next tile.
-    void fetch(int count, int64_t n, int64_t row, int64_t column) const {
-        const int64_t at = n * p.out_batch_stride + row * p.rows.out_stride + column * p.columns.out_stride;
-        const char* output = static_cast<const char*>(p.output) + (at + first_channel) * bytes_of(p.out_dtype);
-        const int64_t bytes = task.lanes * bytes_of(p.out_dtype), stride = p.columns.out_stride * bytes_of(p.out_dtype);
-        for (int m = 0; m < count; ++m)
-            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(output + m * stride + i, 1);
     }
 
     // `pixels` adjoining outputs of image n from (row, column); their sums lie `pitch` apart.

@@ -101,6 +101,7 @@ const Case kCases[] = {
     {"many threads", {1, 1, 32, 96}, {20, 3, 1, 1}, {21, 3, 1, 1}, {.zero = 4, .threads = 16}},
     {"no images", {0, 1, 16, 16}, {8, 3, 1, 1}, {8, 3, 1, 1}, {}},
     {"float32: scale alone", {1, 1, 64, 64}, {8, 3, 1, 1}, {8, 3, 1, 1}, {.out = DType::float32, .zero = 12}},
+    {"float32: past the caches", {1, 1, 4, 64}, {190, 1}, {190, 1}, {.out = DType::float32, .zero = 12}},
     {"float32: everything",
      {2, 1, 32, 40},
      {6, 3, 1, 1},
