@@ -223,8 +223,10 @@ class Recording:
 
 
 def _static_copy(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, whose memory stays where it is."""
+    """A copy with the same strides, whose memory stays where it is; an expanded tensor gets memory of its own."""
     with torch.inference_mode(False), torch.no_grad():
+        if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
             tensor
         )

@@ -64,6 +64,16 @@ def test_replays_give_the_forward_s_own_results(model, mode):
     assert recorded.recordings()[0].kernel_steps >= 2 and recorded.recordings()[0].arena_bytes > 0
 
 
+def test_expanded_inputs(model):
+    own, gray = copy.deepcopy(model), torch.randn(1, 1, 12, 14)
+    recorded = record_forward(model)
+    for factor in (1.0, 2.0):
+        x = (gray * factor).expand(-1, 3, -1, -1)
+        with torch.no_grad():
+            assert same(model(x), own(x))
+    assert len(recorded.recordings()) == 1
+
+
 def test_numbers_are_part_of_the_key_and_named_ones_become_tensors(model):
     own, x = copy.deepcopy(model), inputs(1, 3, 8, 8)
     recorded = record_forward(model)
