@@ -13,7 +13,7 @@ constexpr int kScoreStep = kLongestBlock + 16;  // floats between the scores of 
 
 // What a block of queries keeps between blocks of keys; `weights` belongs to the kRows queries at hand.
 struct State {
-    float* query;      // [group of kRows queries][cell][query]
+    float* query;      // [kQueryBlock][query_step]
     float* weights;    // [kRows][kScoreStep]: scores, then exponentials
     float* reference;  // [kQueryBlock]: the largest score so far; what exponentials are relative to
     float* totals;     // [kQueryBlock][kWidth]: sums of exponentials
@@ -28,7 +28,7 @@ State state_of(const Layout& l, void* scratch) {
         return begin;
     };
     State s;
-    s.query = take(kQueryBlock * l.cells);
+    s.query = take(kQueryBlock * l.query_step);
     s.weights = take(kRows * kScoreStep);
     s.reference = take(kQueryBlock);
     s.totals = take(kQueryBlock * kWidth);
@@ -38,7 +38,7 @@ State state_of(const Layout& l, void* scratch) {
 
 int64_t scratch_bytes(const AttentionParams& p) {
     const Layout l(p);
-    const int64_t floats = kQueryBlock * (l.cells + 1 + kWidth + l.values) + kRows * kScoreStep;
+    const int64_t floats = kQueryBlock * (l.query_step + 1 + kWidth + l.values) + kRows * kScoreStep;
     return (floats + 5 * 16) * 4;
 }
 
@@ -47,22 +47,18 @@ template <class Cells, class T>
 PDN_INLINE void pack_queries(const Layout& l, const Rows<T>& rows, int64_t first, int64_t last, float scale,
                              float* packed) {
     for (int64_t i = 0; i < round_up(last - first, kRows); ++i) {
-        float* out = packed + i / kRows * kRows * l.cells + i % kRows;
         for (int64_t cell = 0; cell < l.cells; cell += kWidth) {
-            float cells[kWidth];
             vf v = first + i < last ? Reader<Cells, T>::cells(rows, first + i, cell) : vf{};
             if constexpr (Cells::kPerCell == 1) v *= scale;
-            store(cells, v);
-            const int64_t n = least(kWidth, l.cells - cell);
-            for (int64_t c = 0; c < n; ++c) std::memcpy(out + (cell + c) * kRows, cells + c, 4);
+            store(packed + i * l.query_step + cell, v);
         }
     }
 }
 
 template <class Cells, int Vectors>
-PDN_INLINE void score_tile(const float* query, const float* keys, int64_t cells, float scale, float* scores) {
+PDN_INLINE void score_tile(const Layout& l, const float* query, const float* keys, float scale, float* scores) {
     vf sums[kRows][Vectors];
-    multiply<Cells, Vectors, kRows, 1>(query, keys, cells, sums);
+    multiply<Cells, Vectors>(query, l.query_step, keys, l.cells, sums);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -70,16 +66,18 @@ PDN_INLINE void score_tile(const float* query, const float* keys, int64_t cells,
             store(scores + r * kScoreStep + v * kWidth, Cells::kPerCell == 1 ? sums[r][v] : sums[r][v] * scale);
 }
 
-// body.operator()<Vectors>(first) for tiles of kTile vectors, then for what is left; `count` in floats.
+// body.operator()<Vectors>(first) for every tile of `count` floats.
 template <class Body>
 PDN_INLINE void each_tile(int64_t count, const Body& body) {
-    int64_t first = 0;
-    for (; first + kTile * kWidth <= count; first += kTile * kWidth) body.template operator()<kTile>(first);
-    const int64_t left = (count - first) / kWidth;
-    if (left == 1) body.template operator()<1>(first);
-    if constexpr (kTile == 4) {
-        if (left == 2) body.template operator()<2>(first);
-        if (left == 3) body.template operator()<3>(first);
+    for (int64_t first = 0, vectors; first < count; first += vectors * kWidth) {
+        vectors = tile_vectors((count - first) / kWidth);
+        if (vectors == kTile) {
+            body.template operator()<kTile>(first);
+        } else if (vectors == 1) {
+            body.template operator()<1>(first);
+        } else if constexpr (kTile == 4) {
+            vectors == 2 ? body.template operator()<2>(first) : body.template operator()<3>(first);
+        }
     }
 }
 
@@ -93,7 +91,7 @@ PDN_INLINE void mix_tiles(const Layout& l, const float* weights, const float* va
                           bool begun, float* sums) {
     each_tile(l.values, [&]<int Vectors>(int64_t first) {
         vf products[kRows][Vectors];
-        multiply<Cells, Vectors, 1, kScoreStep>(weights, values + first * cells, cells, products);
+        multiply<Cells, Vectors>(weights, kScoreStep, values + first * cells, cells, products);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -169,7 +167,7 @@ void attend_as(const AttentionParams& p, int64_t image, int64_t head, int64_t fi
         for (int64_t row = 0; row < last - first; row += kRows) {
             const int64_t live = least(kRows, last - first - row);
             each_tile(padded, [&]<int Vectors>(int64_t tile) {
-                score_tile<Cells, Vectors>(s.query + row * l.cells, block_keys + tile * l.cells, l.cells, scale,
+                score_tile<Cells, Vectors>(l, s.query + row * l.query_step, block_keys + tile * l.cells, scale,
                                            s.weights + tile);
             });
             for (int64_t r = 0; p.mask.data != nullptr && r < live; ++r)

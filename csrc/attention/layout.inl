@@ -1,7 +1,7 @@
 // How keys and values are packed, and packing them. Included once per ISA level.
 //
-// Blocks of keys follow one another. Keys of a block: tiles of kTile vectors of keys, in each [cell of the head][key],
-// so that a vector holds the same element of kWidth keys. Values of a block: either tiles of kTile vectors of elements,
+// Blocks of keys follow one another. Keys of a block: tiles of up to kTile vectors of keys, in each [cell of the
+// head][key], so that a vector holds the same element of kWidth keys. Values of a block: either such tiles of elements,
 // in each [cell of keys][element]; or, where a head is no longer than a vector ("lanes"), [kLaneSums elements][vector
 // of keys][element][key]. What pads a tile is zero.
 #pragma once
@@ -18,6 +18,9 @@ constexpr int64_t kLongestBlock = 512;  // keys
 
 PDN_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 PDN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Vectors of the next tile where `left` remain: not four and one, which would leave the last tile short of work.
+PDN_INLINE int64_t tile_vectors(int64_t left) { return left == kTile + 1 ? (left + 1) / 2 : least(left, kTile); }
 
 PDN_INLINE bool uses_pairs([[maybe_unused]] const AttentionParams& p) {
 #if defined(__AVX512BF16__)
@@ -39,6 +42,7 @@ struct Layout {
     int64_t block;           // keys of a whole block
     int64_t per_cell, unit;  // keys to a cell of the values; what the keys of a block are padded to
     int64_t cells, values;   // cells of a key; elements of a value, padded
+    int64_t query_step;      // floats between packed queries
     int64_t keys_floats;     // of the head's packed keys; the values follow
 
     explicit Layout(const AttentionParams& p) {
@@ -46,6 +50,7 @@ struct Layout {
         per_cell = uses_pairs(p) ? 2 : 1;
         unit = per_cell * kWidth;
         cells = (p.size + per_cell - 1) / per_cell;
+        query_step = round_up(cells, kWidth);
         values = round_up(p.size, in_lanes(p) ? kLaneSums : kWidth);
         keys_floats = round_up(p.key.count, unit) * cells;
     }
@@ -60,10 +65,22 @@ int64_t packed_bytes(const AttentionParams& p) { return Layout(p).floats(p) * 4;
 
 // -------------------------------------------------------------------------------------------------------- reading
 
+#if defined(__AVX512F__)
+PDN_INLINE vf widen(__m256i x, const bf16*) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16); }
+PDN_INLINE vf widen(__m256i x, const fp16*) { return (vf)_mm512_cvtph_ps(x); }
+#endif
+
 // Up to kWidth elements, the others zero.
 template <class T>
 PDN_INLINE vf load_some(const T* p, int64_t n) {
-    return n >= kWidth ? load(p) : load_partial(p, static_cast<int>(n));
+    if (n >= kWidth) return load(p);
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 2) {  // quicker than by way of memory
+        const __m256i some = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p);
+        return widen(some, p);
+    }
+#endif
+    return load_partial(p, static_cast<int>(n));
 }
 
 // Rows of one head: `row(i)` is the first element of token i.
@@ -113,8 +130,12 @@ struct Reader<Bf16Pairs, bf16> {
 
 template <class Cells, class T>
 PDN_INLINE void pack_keys(const Layout& l, const Rows<T>& rows, int64_t first, int64_t keys, float* packed) {
+    int64_t tile = 0, width = tile_vectors(keys / kWidth) * kWidth;
     for (int64_t key = 0; key < keys; key += kWidth) {
-        const int64_t tile = key / (kTile * kWidth) * (kTile * kWidth), width = least(kTile * kWidth, keys - tile);
+        if (key == tile + width) {
+            tile = key;
+            width = tile_vectors((keys - key) / kWidth) * kWidth;
+        }
         float* out = packed + tile * l.cells + (key - tile);
         for (int64_t cell = 0; cell < l.cells; cell += kWidth) {
             vf block[kWidth];
@@ -129,8 +150,8 @@ PDN_INLINE void pack_keys(const Layout& l, const Rows<T>& rows, int64_t first, i
 template <class Cells, class T>
 PDN_INLINE void pack_values(const Layout& l, const Rows<T>& rows, int64_t first, int64_t keys, float* packed) {
     const int64_t cells = keys / Cells::kPerCell, first_cell = first / Cells::kPerCell;
-    for (int64_t tile = 0; tile < l.values; tile += kTile * kWidth) {
-        const int64_t width = least(kTile * kWidth, l.values - tile);
+    for (int64_t tile = 0, width; tile < l.values; tile += width) {
+        width = tile_vectors((l.values - tile) / kWidth) * kWidth;
         for (int64_t cell = 0; cell < cells; ++cell)
             for (int64_t i = 0; i < width; i += kWidth)
                 store(packed + tile * cells + cell * width + i,

@@ -38,9 +38,9 @@ struct Bf16Pairs {
 };
 #endif
 
-// sums[r][v] = sum over k < count of a[k * KStep + r * RowStep] * b[k * Vectors * kWidth + v * kWidth ...]
-template <class Cells, int Vectors, int KStep, int RowStep>
-PDN_INLINE void multiply(const float* a, const float* b, int64_t count, vf (&sums)[kRows][Vectors]) {
+// sums[r][v] = sum over k < count of a[k + r * row_step] * b[k * Vectors * kWidth + v * kWidth ...]
+template <class Cells, int Vectors>
+PDN_INLINE void multiply(const float* a, int64_t row_step, const float* b, int64_t count, vf (&sums)[kRows][Vectors]) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
@@ -51,11 +51,10 @@ PDN_INLINE void multiply(const float* a, const float* b, int64_t count, vf (&sum
         for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kWidth);
 #pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
-            const vf factor = Cells::repeated(a + r * RowStep);
+            const vf factor = Cells::repeated(a + k + r * row_step);
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) sums[r][v] = Cells::add_product(sums[r][v], factor, row[v]);
         }
-        a += KStep;
         b += Vectors * kWidth;
     }
 }

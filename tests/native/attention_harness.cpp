@@ -199,7 +199,7 @@ bool check_rows() {
             const auto at = static_cast<size_t>(9 * query.tokens.row_stride);  // head 0 of query 9
             query.floats[at] = NAN;
             if (!query.halves.empty()) query.halves[at] = 0x7fc0;
-            const Memory packed(packed_bytes(c.queries ? poisoned.p : whole.p)), scratch(scratch_bytes(poisoned.p));
+            const Memory packed(packed_bytes(poisoned.p)), scratch(scratch_bytes(poisoned.p));
             for (int64_t head = 0; head < 2; ++head) {
                 for (int64_t i = 0; i * key_block(poisoned.p) < c.keys; ++i) pack(poisoned.p, 0, head, i, packed.data);
                 for (int64_t q = c.queries - 1; q >= 0; q -= 2)  // pairs of queries, last first
