@@ -24,7 +24,7 @@ KERNEL_TESTS := tests/kernels
 
 help:
 	@echo "make setup      build pydenoise in $(VENV), with torch and everything that tests and benches need"
-	@echo "make demo       denoise real photographs with torch and with pydenoise: a table, and demo/denoised.png"
+	@echo "make demo       photographs and heightfields by torch and by pydenoise, float and int8: tables, pictures in demo/"
 	@echo "make test       the test suite (PYTEST_ARGS='-k tiles' and the like are passed on)"
 	@echo "make test-slow  the tests that take long or need much memory"
 	@echo "make bench      time everything (SUITE=unet or another: only that)"
@@ -57,7 +57,7 @@ $(TERRAIN): MODEL := terrain
 $(WEIGHTS): | $(STAMPS)/built
 	@$(RUN) -m pydenoise weights $(MODEL)
 
-demo: $(STAMPS)/demo $(FFDNET)
+demo: $(STAMPS)/demo $(FFDNET) $(TERRAIN)
 	@$(RUN) -m pydenoise demo
 
 # Triton reads TRITON_INTERPRET when a kernel is defined, so the kernels have a process of their own. Both runs are

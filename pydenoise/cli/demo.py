@@ -1,4 +1,7 @@
-"""``pydenoise demo``: real photographs through the pretrained FFDNet, with plain torch and with pydenoise."""
+"""``pydenoise demo``: pretrained networks with plain torch and with pydenoise, in float and in int8.
+
+Real photographs through FFDNet are compared here, heightfields sampled from a diffusion U-Net in ``demo_terrain``.
+"""
 
 import argparse
 import json
@@ -8,12 +11,20 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydenoise.cli import demo_terrain
 from pydenoise.cli.denoise import positive
 from pydenoise.cli.main import CommandError
+from pydenoise.cli.pieces import noisy_batches
 
+PARTS = ("photographs", "terrain")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 SIGMAS = (25, 50)
+# int8 is calibrated on pictures that are not tested: scikit-image's, or the first of several it returns.
+CALIBRATION = ("stereo_motorcycle", "rocket", "immunohistochemistry", "retina")
+CALIBRATION_SIGMAS = (5, 15, 25, 35, 50)
+CALIBRATION_PIECES = 10  # of each picture
 BASELINES = ("torch contiguous", "torch channels_last")
+SHOWN = ("pydenoise fp32", "pydenoise int8")  # in the picture, beside torch
 PANEL = (340, 260)  # width and height that the picture shows of each photograph, at its own resolution
 MARGIN = 6
 LABEL = 24
@@ -23,19 +34,21 @@ def add_parser(subparsers) -> None:
     """Add the ``demo`` command."""
     parser = subparsers.add_parser(
         "demo",
-        help="denoise real photographs with torch and with pydenoise, and compare",
+        help="compare torch and pydenoise, float and int8, on pretrained networks",
         description="Denoise three photographs of scikit-image (Gaussian noise, sigma 25 and 50, seeded, not clipped) "
-        "with the pretrained colour FFDNet, by plain torch and by pydenoise. Prints PSNR, time, speed-up, error, and "
-        "draws them side by side.",
+        "with the pretrained colour FFDNet, by plain torch and by pydenoise in fp32, bf16 and int8; int8 is calibrated "
+        "on other pictures of scikit-image. Then sample heightfields from the terrain U-Net with the same noise in "
+        "float and in int8. Prints tables and draws the results side by side.",
     )
     add = parser.add_argument
-    add(
-        "-o", "--output", type=Path, default=Path("demo/denoised.png"), metavar="OUT", help="default: demo/denoised.png"
-    )
+    add("--only", choices=PARTS, help="this part alone (default: both)")
+    photographs, terrain = (Path("demo") / f"{name}.png" for name in ("denoised", "terrain"))
+    add("-o", "--output", type=Path, default=photographs, metavar="OUT", help=f"photographs (default: {photographs})")
+    add("--terrain-output", type=Path, default=terrain, metavar="OUT", help=f"heightfields (default: {terrain})")
     add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")
-    add("--rounds", type=positive, default=5, metavar="N", help="interleaved timing rounds per row (default: 5)")
+    add("--rounds", type=positive, default=5, metavar="N", help="interleaved timing rounds of photographs (default: 5)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
-    add("--json", type=Path, metavar="FILE", help="write the table as JSON too")
+    add("--json", type=Path, metavar="FILE", help="write the tables as JSON too")
     parser.set_defaults(run=run)
 
 
@@ -47,38 +60,76 @@ class Row:
     sigma: int
     runner: str
     psnr: float  # dB
+    loss: float  # dB of PSNR below BASELINES' faster one
     milliseconds: float  # median
     speedup: float  # over the faster of BASELINES, median of the ratios within a round
     error: float  # largest absolute difference from float64, pixel values in [0, 1]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run everything; returns the exit code."""
-    from pydenoise.imaging import Picture, check_output, require, write_picture
+    """Check everything, then run the parts; returns the exit code."""
+    from pydenoise.imaging import require
     from pydenoise.models import load_ffdnet
     from pydenoise.models.weights import find_ffdnet
 
     console = require("rich.console", "rich", "the command line").Console(highlight=False)
-    data = require("skimage.data", "scikit-image", "the demo", extra="demo")
-    require("PIL.ImageDraw", "Pillow", "the demo", extra="demo")
-    import numpy as np
+    require("matplotlib", "matplotlib", "the demo", extra="demo")
+    parts = PARTS if args.only is None else (args.only,)
+    outputs = {"photographs": args.output, "terrain": args.terrain_output}
+    models: dict = {}
+    if "photographs" in parts:
+        models["photographs"] = load_ffdnet(find_ffdnet(args.weights))
+    if "terrain" in parts:
+        models["terrain"] = demo_terrain.load()
+    for part in parts:
+        _check_target(outputs[part])
     import torch
 
-    model = load_ffdnet(find_ffdnet(args.weights))
-    try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"{args.output.parent}: the folder cannot be made: {error.strerror}") from error
-    check_output(args.output, Picture(np.zeros((1, 1, 3), np.uint8)))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
+    rows: dict[str, list] = {}
+    with torch.inference_mode():
+        if "photographs" in parts:
+            rows["photographs"] = _photographs(models["photographs"], args, console)
+        if "terrain" in parts:
+            rows["terrain"] = demo_terrain.compare_and_draw(models["terrain"], args.terrain_output, console)
+    for part in parts:
+        console.print(f"wrote {outputs[part]}", markup=False, soft_wrap=True)
+    if args.json is not None:
+        tables = {part: [asdict(row) for row in rows[part]] for part in parts}
+        args.json.write_text(json.dumps(tables, indent=2) + "\n")
+        console.print(f"wrote {args.json}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _check_target(path: Path) -> None:
+    """A picture can be written there: said before anything is computed."""
+    import numpy as np
+
+    from pydenoise.imaging import Picture, check_output
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"{path.parent}: the folder cannot be made: {error.strerror}") from error
+    check_output(path, Picture(np.zeros((1, 1, 3), np.uint8)))
+
+
+def _photographs(model, args: argparse.Namespace, console) -> list["Row"]:
+    """The table and the picture of the photographs."""
+    import torch
+
+    from pydenoise.imaging import Picture, require, write_picture
+
+    data = require("skimage.data", "scikit-image", "the demo", extra="demo")
+    require("PIL.ImageDraw", "Pillow", "the demo", extra="demo")
     rows: list[Row] = []
     panels: list[list] = []
     runners: dict = {}
-    with torch.inference_mode(), console.status("") as status:
+    with console.status("") as status:
         for name in PHOTOGRAPHS:
             clean = torch.from_numpy(getattr(data, name)()).double().div_(255).permute(2, 0, 1).unsqueeze(0)
-            runners = runners or _runners(model, clean.float(), status.update)
+            runners = runners or _runners(model, clean.float(), calibration_batches(data), status.update)
             for sigma in SIGMAS:
                 status.update(f"{name}, sigma {sigma}: {args.rounds} rounds of {len(runners)} runners, and float64")
                 new_rows, images = compare(model, runners, name, clean, sigma, args.rounds)
@@ -87,18 +138,24 @@ def run(args: argparse.Namespace) -> int:
     console.print(_table(rows))
     console.print(_footnote(args.rounds))
     write_picture(args.output, Picture(draw_panels(panels)))
-    console.print(f"wrote {args.output}", markup=False)
-    if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-        console.print(f"wrote {args.json}", markup=False)
-    return 0
+    return rows
 
 
 # ----------------------------------------------------------------------------------------------------------- runners
 
 
-def _runners(model, example, say) -> dict:
-    """Name -> function of (x, sigma), both float32. Torch in both of its memory formats: which is faster varies."""
+def calibration_batches(data) -> list[tuple]:
+    """FFDNet's inputs of pieces of CALIBRATION's pictures; ``data`` is skimage.data."""
+    pictures = [getattr(data, name)() for name in CALIBRATION]
+    pictures = [picture[0] if isinstance(picture, tuple) else picture for picture in pictures]
+    return list(noisy_batches(pictures, CALIBRATION_SIGMAS, CALIBRATION_PIECES))
+
+
+def _runners(model, example, batches: list[tuple], say) -> dict:
+    """Name -> function of (x, sigma), both float32. Torch in both of its memory formats: which is faster varies.
+
+    ``batches`` calibrate int8.
+    """
     import copy
 
     import torch
@@ -113,9 +170,10 @@ def _runners(model, example, say) -> dict:
         runners[f"torch {name}"] = _TorchRunner(plain, torch.float32, memory_format)
     narrow = copy.deepcopy(model).to(dtype=torch.bfloat16, memory_format=torch.channels_last)
     runners["torch bf16"] = _TorchRunner(narrow, torch.bfloat16, torch.channels_last)
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "int8"):
         say(f"pydenoise.accelerate, precision {precision}")
-        accelerated, _ = pydenoise.accelerate(model, (example, level), precision=precision, measure=False)
+        options = {"calibration": batches, "scheme": "per_tensor"} if precision == "int8" else {}
+        accelerated, _ = pydenoise.accelerate(model, (example, level), precision, measure=False, **options)
         runners[f"pydenoise {precision}"] = accelerated
     for runner in runners.values():
         runner(example, level)
@@ -143,7 +201,7 @@ def _seconds(runner, x, sigma) -> float:
 
 
 def compare(model, runners: dict, name: str, clean, sigma: int, rounds: int) -> tuple[list[Row], list]:
-    """Rows of one photograph at one noise level, and [noisy, torch's result, pydenoise's result] for the picture.
+    """Rows of one photograph at one noise level, and for the picture [noisy, torch's result, those of SHOWN].
 
     ``clean`` [1, 3, H, W] float64 in [0, 1]. The noise is drawn with seed 0 and not clipped: clipping would make it
     another noise than the network was trained for.
@@ -164,22 +222,22 @@ def compare(model, runners: dict, name: str, clean, sigma: int, rounds: int) -> 
             times[label].append(_seconds(runners[label], x, level))
     plain = [label for label in BASELINES if label in runners]
     baseline = min(plain, key=lambda label: statistics.median(times[label]))
+    quality = {label: psnr(results[label].clamp(0, 1), clean) for label in runners}
     rows = [
         Row(
             name,
             sigma,
             label,
-            psnr(results[label].clamp(0, 1), clean),
+            quality[label],
+            quality[baseline] - quality[label],
             statistics.median(times[label]) * 1e3,
             statistics.median(base / own for base, own in zip(times[baseline], times[label], strict=True)),
             (results[label] - oracle).abs().max().item(),
         )
         for label in runners
     ]
-    ours = next(label for label in runners if label.startswith("pydenoise"))
-    images = [(noisy, psnr(noisy, clean))]
-    images += [(results[label], next(row.psnr for row in rows if row.runner == label)) for label in (baseline, ours)]
-    return rows, images
+    shown = [baseline, *(label for label in SHOWN if label in runners)]
+    return rows, [(noisy, psnr(noisy, clean)), *((results[label], quality[label]) for label in shown)]
 
 
 def psnr(image, clean) -> float:
@@ -196,7 +254,7 @@ def _table(rows: list[Row]):
     table.add_column("photograph", no_wrap=True)
     table.add_column("\N{GREEK SMALL LETTER SIGMA}", justify="right")
     table.add_column("run by", no_wrap=True)
-    for heading in ("PSNR dB", "ms", "speed-up", "error"):
+    for heading in ("PSNR dB", "loss dB", "ms", "speed-up", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -204,7 +262,8 @@ def _table(rows: list[Row]):
         if previous not in (None, key):
             table.add_section()
         head = ("", "") if key == previous else (row.photograph, str(row.sigma))
-        figures = (f"{row.psnr:.2f}", f"{row.milliseconds:.0f}", f"{row.speedup:.2f}x", f"{row.error:.1e}")
+        figures = (f"{row.psnr:.2f}", f"{row.loss:.3f}", f"{row.milliseconds:.0f}", f"{row.speedup:.2f}x")
+        figures = (*figures, f"{row.error:.1e}")
         table.add_row(*head, row.runner, *figures, style="green" if row.runner.startswith("pydenoise") else None)
         previous = key
     return table
@@ -215,9 +274,10 @@ def _footnote(rounds: int) -> str:
 
     threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
     return (
-        f"Medians of {rounds} interleaved rounds on {threads}. Speed-up: over the faster of torch's two memory formats "
-        "in float32 (the row with 1.00x), eager. Error: the largest difference of any pixel value (they lie in 0 to 1) "
-        "from the network in float64."
+        f"Medians of {rounds} interleaved rounds on {threads}. Speed-up and loss of PSNR: against the faster of "
+        "torch's two memory formats in float32 (the row with 1.00x), eager. Error: the largest difference of any pixel "
+        "value (they lie in 0 to 1) from the network in float64. int8 was calibrated on other pictures (scikit-image's "
+        f"{', '.join(CALIBRATION)}) with noise of sigma {CALIBRATION_SIGMAS[0]} to {CALIBRATION_SIGMAS[-1]}."
     )
 
 
@@ -225,31 +285,31 @@ def _footnote(rounds: int) -> str:
 
 
 def draw_panels(panels: list[list]):
-    """The picture, [H, W, 3] uint8: a row per photograph and noise level, noisy | torch | pydenoise | difference.
+    """The picture, [H, W, 3] uint8: a row per photograph and noise level.
 
-    ``panels``: rows of [title, (noisy, dB), (torch's result, dB), (pydenoise's result, dB)], images [1, 3, H, W].
+    Columns: noisy | torch | for each of pydenoise's: its result, and its difference from torch's, amplified.
+    ``panels``: rows of [title, (noisy, dB), (torch's result, dB), (pydenoise's, dB), ...], images [1, 3, H, W].
     """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
-    largest = max((ours - theirs).abs().max().item() for _, _, (theirs, _), (ours, _) in panels)
-    factor = amplification(largest)
+    names = SHOWN[: len(panels[0]) - 3]
+    factors = [
+        amplification(max((row[3 + index][0] - row[2][0]).abs().max().item() for row in panels))
+        for index in range(len(names))
+    ]
     width, height = PANEL
     step_x, step_y = width + MARGIN, height + LABEL + MARGIN
-    canvas = Image.new("RGB", (4 * step_x + MARGIN, len(panels) * step_y + MARGIN), "white")
+    size = ((2 + 2 * len(names)) * step_x + MARGIN, len(panels) * step_y + MARGIN)
+    canvas = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=15)
-    for index, (title, noisy, theirs, ours) in enumerate(panels):
+    for index, (title, noisy, theirs, *ours) in enumerate(panels):
+        cells = [(f"{title}: noisy, {noisy[1]:.2f} dB", noisy[0]), (f"torch, {theirs[1]:.2f} dB", theirs[0])]
+        for name, (image, quality), factor in zip(names, ours, factors, strict=True):
+            cells.append((f"{name}, {quality:.2f} dB", image))
+            cells.append((f"|torch - {name}| x {factor:,}", (image - theirs[0]).abs() * factor))
         y = MARGIN + index * step_y
-        difference = (ours[0] - theirs[0]).abs() * factor
-        captions = [
-            f"{title}: noisy, {noisy[1]:.2f} dB",
-            f"torch, {theirs[1]:.2f} dB",
-            f"pydenoise, {ours[1]:.2f} dB",
-            f"|torch - pydenoise| x {factor:,}",
-        ]
-        for column, (caption, image) in enumerate(
-            zip(captions, (noisy[0], theirs[0], ours[0], difference), strict=True)
-        ):
+        for column, (caption, image) in enumerate(cells):
             x = MARGIN + column * step_x
             draw.text((x + 1, y + 2), caption, fill="black", font=font)
             canvas.paste(Image.fromarray(_crop(image, width, height)), (x, y + LABEL))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from pydenoise.cli.main import CommandError
+from pydenoise.cli.pieces import choose_pieces, to_tensor
 
 TRAINED_SIGMA = 75.0
 # The network expects independent noise in three channels, whose average has 1/sqrt(3) of the noise of each. Three equal
@@ -27,7 +28,12 @@ def add_parser(subparsers) -> None:
     noise = "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75 (gray: 0-43)"
     add("--sigma", type=_sigma, required=True, metavar="S", help=noise)
     add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="arithmetic of the network (default: fp32)")
+    precision = (
+        "arithmetic of the network (default: fp32). int8: the inner layers compute with 8-bit integers, whose "
+        "scales are calibrated anew in each run, on up to 8 pieces of the picture itself at the given sigma; the "
+        "result is not quite that of fp32, and the calibration costs some seconds before the first tile"
+    )
+    add("--precision", choices=("fp32", "bf16", "int8"), default="fp32", help=precision)
     add(
         "--tile",
         type=_even,
@@ -92,7 +98,11 @@ def denoise_picture(picture, model, args: argparse.Namespace, overlap: int, cons
     replicate = picture.gray and model.channels == 3
     level = args.sigma / 255 * (GRAY_FACTOR if replicate else 1)
     sigma = torch.full((1, 1, 1, 1), level, dtype=dtype, device=args.device)
-    network = prepare_network(model, sigma, args.backend, args.precision)
+    batches = None
+    if args.precision == "int8":
+        console.print("int8: calibrating on pieces of the picture", markup=False)
+        batches = calibration_batches(picture.pixels, sigma, replicate)
+    network = prepare_network(model, sigma, args.backend, args.precision, batches)
     columns_shown = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles")]
     columns_shown += [TimeElapsedColumn(), TextColumn("remaining"), TimeRemainingColumn()]
     with torch.inference_mode(), Progress(*columns_shown, console=console, disable=args.quiet) as progress:
@@ -109,8 +119,17 @@ def denoise_picture(picture, model, args: argparse.Namespace, overlap: int, cons
         )
 
 
-def prepare_network(model, sigma, backend: str, precision: str):
-    """``model`` on the device of ``sigma``: in channels_last memory for torch, accelerated for pydenoise."""
+def calibration_batches(pixels, sigma, replicate: bool) -> list[tuple]:
+    """FFDNet's inputs (x, sigma) of pieces of the noisy picture ``pixels`` [H, W, C]."""
+    pieces = [to_tensor(piece).to(sigma.device) for piece in choose_pieces(pixels)]
+    return [(x.expand(-1, 3, -1, -1) if replicate else x, sigma) for x in pieces]
+
+
+def prepare_network(model, sigma, backend: str, precision: str, batches: list[tuple] | None = None):
+    """``model`` on the device of ``sigma``: in channels_last memory for torch, accelerated for pydenoise.
+
+    ``batches`` are for precision "int8".
+    """
     import torch
 
     model = model.to(sigma.device)
@@ -120,7 +139,8 @@ def prepare_network(model, sigma, backend: str, precision: str):
 
     example = torch.rand(1, model.channels, EXAMPLE_SIDE, EXAMPLE_SIDE, device=sigma.device)
     example = example.contiguous(memory_format=torch.channels_last)
-    network, _ = pydenoise.accelerate(model, (example, sigma), precision, measure=False)
+    options = {} if batches is None else {"calibration": batches, "scheme": "per_tensor"}
+    network, _ = pydenoise.accelerate(model, (example, sigma), precision, measure=False, **options)
     return network
 
 
@@ -135,6 +155,8 @@ def _check_options(args: argparse.Namespace, overlap: int) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch finds no CUDA device; `pydenoise info` shows what it sees")
+    if args.precision == "int8" and args.backend == "torch":
+        raise CommandError("--precision int8: torch has no int8 convolutions on its own; leave out --backend torch")
     if args.tile and args.tile <= 2 * overlap:
         raise CommandError(f"--tile {args.tile} leaves nothing between two margins of --overlap {overlap}")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pydenoise.cli.pieces import choose_pieces
 from pydenoise.imaging import Picture, read_picture, write_picture
 from pydenoise.models import DnCNN, FFDNet, load_ffdnet
 from pydenoise.models.weights import PACKAGES
@@ -84,6 +85,34 @@ def test_bf16_is_close(cli, weights, tmp_path, backend):
     assert code == 0, err
     difference = read_picture(target).pixels - expected(read_picture(source).pixels, weights, 25)
     assert np.abs(difference).max() <= 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (21, 34), (140, 300)])
+def test_int8_is_close(cli, weights, tmp_path, channels, size):
+    source, target = make(tmp_path / "in.png", channels, size=size), tmp_path / "out.png"
+    code, _, err = cli("denoise", source, "-o", target, "--sigma", 25, "--weights", weights, "--precision", "int8")
+    assert code == 0, err
+    assert "calibrating" in err
+    difference = read_picture(target).pixels - expected(read_picture(source).pixels, weights, 25)
+    assert np.abs(difference).max() <= 4
+
+
+def test_int8_is_not_torchs(refused, weights, tmp_path):
+    options = ("--sigma", 25, "--weights", weights, "--precision", "int8", "--backend", "torch")
+    assert "--backend torch" in refused("denoise", make(tmp_path / "in.png"), "-o", tmp_path / "out.png", *options)
+
+
+def test_calibration_pieces_are_the_darkest_to_the_brightest():
+    pixels = np.arange(10 * 20, dtype=np.uint8).reshape(10, 20, 1)
+    pieces = choose_pieces(pixels, count=3, side=4)
+    means = [piece.mean() for piece in pieces]
+    assert means == sorted(means)
+    assert [piece.shape for piece in pieces] == [(4, 4, 1)] * 3
+    assert pieces[0].min() == 0
+    assert pieces[-1].max() == 199
+    assert len(choose_pieces(pixels, count=3, side=64)) == 1
+    assert len(choose_pieces(pixels, count=1, side=4)) == 1
 
 
 def test_the_picture_may_be_replaced(cli, weights, tmp_path):
