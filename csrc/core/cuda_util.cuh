@@ -179,7 +179,7 @@ PDN_HD float gated(float x, Gate gate) {
 
 PDN_HD float relu(float x) { return x < 0.f ? 0.f : x; }  // keeps NaN, as torch does
 
-PDN_HD float leaky_relu(float x, float slope) { return x < 0.f ? x * slope : x; }
+PDN_HD float leaky_relu(float x, float slope) { return fmaxf(x, x * slope); }  // slopes below 1; NaN is both
 
 PDN_HD float gelu(float x) { return 0.5f * x * (1.f + erff(x * 0.70710678118654752f)); }
 
