@@ -28,25 +28,27 @@ def load() -> UNet2DModel:
 def main() -> None:
     model, scheduler = load(), DDPMScheduler()
     side, channels = model.config.sample_size, model.config.in_channels
-    generator = torch.Generator().manual_seed(0)
 
-    # What the model sees while it samples, with the timesteps it sees it at; scales per range of timesteps.
-    batches = trajectory_batches(
-        model, (4, channels, side, side), alphas_cumprod=scheduler.alphas_cumprod, timesteps=NormalTimesteps(),
-        num_steps=STEPS, num_samples=SAMPLES, per_trajectory=4, generator=generator,
-    )  # fmt: skip
-    calibration = calibrate(model, batches, scheme="auto", buckets=4, progress=True)
+    def inputs(samples: int, seed: int):
+        """What the model sees while it samples, with the timesteps it sees it at."""
+        return trajectory_batches(
+            model, (4, channels, side, side), alphas_cumprod=scheduler.alphas_cumprod, timesteps=NormalTimesteps(),
+            num_steps=STEPS, num_samples=samples, per_trajectory=4, clip_sample=1.0,
+            generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
 
-    noise = torch.randn(1, channels, side, side, generator=generator)
-    fast, report = pdn.accelerate(model, (noise, torch.tensor([500])), "int8", calibration=calibration)
+    calibration = calibrate(model, inputs(SAMPLES, seed=0), scheme="auto", buckets=4, progress=True)
+    others = list(inputs(16, seed=1))  # of other noise
+    fast, report = pdn.accelerate(model, others[0].args, "int8", calibration=calibration)
     print(report)
     report.plot("int8_unet.png")
     pdn.save_quantized(fast, "int8_unet.safetensors")
 
     with torch.no_grad():
-        for step in (900, 500, 100):
-            ratio = snr_db(model(noise, step).sample, fast(noise, step).sample)
-            print(f"timestep {step}: {ratio:.1f} dB of signal over noise")
+        for batch in others:
+            ratio = snr_db(model(*batch.args).sample, fast(*batch.args).sample)
+            steps = ", ".join(str(step) for step in batch.args[1].tolist())
+            print(f"timesteps {steps}: {ratio:.1f} dB of signal over noise")
     print("wrote int8_unet.png (signal over noise of each layer) and int8_unet.safetensors")
 
 
