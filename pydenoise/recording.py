@@ -253,7 +253,7 @@ class RecordedForward:
     ``refusals`` says why, once per kind of call. What a new recording replays must be what the model itself gives.
     Numbers among the arguments are part of what is recorded, so those named in ``as_tensors`` (a time step) are turned
     into tensors first. Changed weights and a change of threads' or ISA settings are noticed; writing to ``.data`` is
-    not.
+    not, nor to other attributes, but for those that a module gives by a method ``recorded_state``.
     """
 
     model: nn.Module
@@ -328,14 +328,18 @@ class RecordedForward:
             self.refusals.append(reason)
 
     def _fingerprint(self, recording: Recording | None) -> list:
-        """Changes with the weights: versions and places of all parameters and buffers that the forward only reads."""
+        """Changes with the weights (places and versions of all parameters and buffers that the forward only reads), with
+        each module's mode, and with what a module gives by a method ``recorded_state``."""
         written = () if recording is None else recording.written
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return [
-            (t.data_ptr(), None if t.is_inference() else t._version)
-            for t in tensors
-            if not written or _storage(t) not in written
-        ]
+        found: list = []
+        for module in self.model.modules():
+            found.append(module.training)
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and not (written and _storage(tensor) in written):
+                    found.append((tensor.data_ptr(), None if tensor.is_inference() else tensor._version))
+            if hasattr(type(module), "recorded_state"):
+                found.append(module.recorded_state())
+        return found
 
     def recordings(self) -> list[Recording]:
         """What is recorded now, least recently used first."""

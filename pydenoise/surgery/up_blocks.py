@@ -51,7 +51,7 @@ class ConcatFreeUpBlock(nn.Module):
         **kwargs,
     ) -> Tensor:
         """As diffusers' block of the same name: [N, C, H, W] and its skip connections, the last one first."""
-        if all(getattr(self, name, None) for name in _FREEU):
+        if all(self.recorded_state()):
             return self._with_freeu(
                 hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states, cross_attention_kwargs,
                 upsample_size, attention_mask, encoder_attention_mask,
@@ -77,6 +77,10 @@ class ConcatFreeUpBlock(nn.Module):
             else:
                 hidden_states = upsampler(hidden_states, upsample_size)
         return hidden_states
+
+    def recorded_state(self) -> tuple:
+        """What a recording of the forward depends on: FreeU's factors, which the U-Net sets and takes away."""
+        return tuple(getattr(self, name, None) for name in _FREEU)
 
     def _with_freeu(self, hidden_states, skips, temb, states, cross_kwargs, upsample_size, mask, states_mask) -> Tensor:
         if self.has_cross_attention:
