@@ -312,6 +312,7 @@ class RecordedForward:
                 # packs weights and fills caches, so that the recorded run computes nothing else
                 expected = self._own(*args, **kwargs)
                 recording = Recording(self._own, *call)
+                recording.written &= {_storage(t) for t in [*self.model.parameters(), *self.model.buffers()]}
                 if not _same(recording.replay(pytree.tree_leaves(call)), expected):
                     raise Unrecordable("a replay differs from the model's own result")
         except Unrecordable as reason:
@@ -328,8 +329,8 @@ class RecordedForward:
             self.refusals.append(reason)
 
     def _fingerprint(self, recording: Recording | None) -> list:
-        """Changes with the weights (places and versions of all parameters and buffers that the forward only reads), with
-        each module's mode, and with what a module gives by a method ``recorded_state``."""
+        """Changes with the places and versions of all parameters and buffers that the forward only reads, with each
+        module's mode, and with what a module gives by a method ``recorded_state``."""
         written = () if recording is None else recording.written
         found: list = []
         for module in self.model.modules():
