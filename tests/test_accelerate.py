@@ -326,7 +326,7 @@ def test_inplace_addition_to_a_fresh_result():
         lambda m, x: m.a(x) - x,
         lambda m, x: m.a(x) + 1.5,
         lambda m, x: (lambda y: y + y)(m.a(x)),
-        lambda m, x: F.leaky_relu(m.a(x)),
+        lambda m, x: F.leaky_relu(m.a(x), 0.3),
     ],
 )
 def test_what_must_not_be_fused(forward, precision):
