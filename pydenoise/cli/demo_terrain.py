@@ -13,8 +13,8 @@ ROUNDS = 3
 FLOAT, INT8 = "torch", "pydenoise int8"
 FORMATS = ("contiguous", "channels_last")
 SEED = 0
-# They stay in float: quantized alone, at sigma 80, each of them leaves the output at 31 to 42 dB, and each of the other 188
-# convolutions at 44 dB or more.
+# They stay in float: quantized alone, at sigma 80, each of them leaves the output at 31 to 42 dB, and each of the other
+# 188 convolutions at 44 dB or more.
 KEPT = (
     "unet.encoder.0.block.conv1",
     "unet.encoder.0.block.conv2",
