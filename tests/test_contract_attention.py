@@ -1,11 +1,14 @@
 """The contract of every registry row of attention: torch's accuracy, whoever runs it, at every ISA level."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pydenoise import functional as PF
 from pydenoise.ops import attention, registry
+from pydenoise.recording import Recording, unavailable
 from pydenoise.reference import attention as reference
 from pydenoise.testing import assert_accurate
 from pydenoise.testing.attention import ATTENTION_CASES
@@ -44,8 +47,11 @@ def plain(query, key, value, heads, scale, mask) -> torch.Tensor:
     return (scores.softmax(-1).nan_to_num() @ v).transpose(1, 2).flatten(2)
 
 
-def in_dtype(args: tuple, dtype: torch.dtype) -> tuple:
-    return (*(t.cpu().to(dtype) for t in args[:3]), *args[3:5], args[5] if args[5] is None else args[5].cpu())
+@cache
+def expected(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact result and torch's own in ``dtype``, once for all rows and ISA levels."""
+    args = CASES[name].args(dtype)
+    return plain(*args), reference.attention(*args)
 
 
 @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda case: case.name)
@@ -61,8 +67,7 @@ def test_forward(case, variant, dtype):
     args = case.args(dtype, device_of(variant.row))
     actual = run(variant, args)
     assert actual.is_contiguous()
-    exact = plain(*args)
-    assert_accurate(actual, exact, reference.attention(*in_dtype(args, dtype)), what=f"{case.name}, {case.why}")
+    assert_accurate(actual, *expected(case.name, dtype), what=f"{case.name}, {case.why}")
 
 
 @pytest.mark.parametrize("variant", CPU, ids=str)
@@ -148,3 +153,18 @@ def test_compiles():
     q, k, v = CASES["size24"].tensors(torch.float32)
     function = torch.compile(lambda *t: PF.attention(*t, 2) + 1, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(function(q, k, v), PF.attention(q, k, v, 2) + 1)
+
+
+@pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+def test_recorded():
+    """A replay computes the same from new inputs, also where a mask is copied on the way."""
+
+    def forward(qkv, mask):
+        return PF.attention(*qkv.chunk(3, dim=-1), 2, mask=mask)
+
+    for size in (8, 24):
+        draw = lambda: (torch.randn(2, 30, 6 * size), torch.rand(30, 1) > 0.2)  # noqa: B023, E731
+        recording = Recording(forward, draw(), {})
+        assert recording.torch_steps == 0
+        inputs = draw()
+        assert torch.equal(recording.replay(list(inputs)), forward(*inputs))
