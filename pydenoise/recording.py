@@ -262,6 +262,7 @@ class RecordedForward:
 
     def __post_init__(self) -> None:
         self._recordings: OrderedDict[tuple, tuple[Recording | None, list]] = OrderedDict()
+        self._stateful: list[nn.Module] = []
         parameters = list(inspect.signature(type(self.model).forward).parameters.values())[1:]
         self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
@@ -307,6 +308,7 @@ class RecordedForward:
         return any(t.requires_grad for t in _tensors((args, kwargs)))
 
     def _record(self, key: tuple, args: tuple, kwargs: dict, call: tuple[tuple, dict]) -> Recording | None:
+        self._stateful = [module for module in self.model.modules() if hasattr(type(module), "recorded_state")]
         try:
             with torch.no_grad():
                 # packs weights and fills caches, so that the recorded run computes nothing else
@@ -333,13 +335,16 @@ class RecordedForward:
         module's mode, and with what a module gives by a method ``recorded_state``."""
         written = () if recording is None else recording.written
         found: list = []
-        for module in self.model.modules():
-            found.append(module.training)
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None and not (written and _storage(tensor) in written):
-                    found.append((tensor.data_ptr(), None if tensor.is_inference() else tensor._version))
-            if hasattr(type(module), "recorded_state"):
-                found.append(module.recorded_state())
+        modules: list = [self.model]
+        while modules:  # by hand: this runs at each call, and Module.modules() takes longer than all else here
+            inside = modules.pop().__dict__
+            found.append(inside["training"])
+            for tensors in (inside["_parameters"], inside["_buffers"]):
+                for tensor in tensors.values():
+                    if tensor is not None and not (written and _storage(tensor) in written):
+                        found.append((tensor.data_ptr(), None if tensor.is_inference() else tensor._version))
+            modules += [module for module in inside["_modules"].values() if module is not None]
+        found += [module.recorded_state() for module in self._stateful]
         return found
 
     def recordings(self) -> list[Recording]:
