@@ -22,7 +22,9 @@ PDN_INLINE vi pixel_steps(const int8_t* x, int64_t channels) {
         x = codes;
     }
 #if defined(__AVXVNNI__)
-    return load_lanes(x) ^ splat_lanes(static_cast<int32_t>(0x80808080u));
+    vi narrow;
+    std::memcpy(&narrow, x, sizeof narrow);
+    return narrow ^ splat_lanes(static_cast<int32_t>(0x80808080u));
 #else
     typedef int8_t Narrow __attribute__((vector_size(kCodes)));
     typedef int16_t Wide __attribute__((vector_size(kCodes * 2)));
