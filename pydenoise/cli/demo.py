@@ -14,7 +14,7 @@ from pathlib import Path
 from pydenoise.cli import demo_terrain
 from pydenoise.cli.denoise import positive
 from pydenoise.cli.main import CommandError
-from pydenoise.cli.pieces import noisy_batches
+from pydenoise.cli.pieces import int8_options, noisy_batches
 
 PARTS = ("photographs", "terrain")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
@@ -172,7 +172,7 @@ def _runners(model, example, batches: list[tuple], say) -> dict:
     runners["torch bf16"] = _TorchRunner(narrow, torch.bfloat16, torch.channels_last)
     for precision in ("fp32", "bf16", "int8"):
         say(f"pydenoise.accelerate, precision {precision}")
-        options = {"calibration": batches, "scheme": "per_tensor"} if precision == "int8" else {}
+        options = int8_options(model, batches) if precision == "int8" else {}
         accelerated, _ = pydenoise.accelerate(model, (example, level), precision, measure=False, **options)
         runners[f"pydenoise {precision}"] = accelerated
     for runner in runners.values():

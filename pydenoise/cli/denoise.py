@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from pydenoise.cli.main import CommandError
-from pydenoise.cli.pieces import choose_pieces, to_tensor
+from pydenoise.cli.pieces import choose_pieces, int8_options, to_tensor
 
 TRAINED_SIGMA = 75.0
 # The network expects independent noise in three channels, whose average has 1/sqrt(3) of the noise of each. Three equal
@@ -139,7 +139,7 @@ def prepare_network(model, sigma, backend: str, precision: str, batches: list[tu
 
     example = torch.rand(1, model.channels, EXAMPLE_SIDE, EXAMPLE_SIDE, device=sigma.device)
     example = example.contiguous(memory_format=torch.channels_last)
-    options = {} if batches is None else {"calibration": batches, "scheme": "per_tensor"}
+    options = {} if batches is None else int8_options(model, batches)
     network, _ = pydenoise.accelerate(model, (example, sigma), precision, measure=False, **options)
     return network
 

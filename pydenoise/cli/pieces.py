@@ -9,6 +9,9 @@ if TYPE_CHECKING:
 
 SIDE = 128  # of a piece: its margin, where the network sees zeros, is small beside it
 COUNT = 8
+# Numbers kept of each layer's inputs: a quarter of the default calibrates in a sixth of the time and is as accurate
+# (coffee at sigma 25: 31.05 dB and 31.06).
+SAMPLES = 1 << 17
 
 
 def choose_pieces(pixels: "np.ndarray", count: int = COUNT, side: int = SIDE) -> list["np.ndarray"]:
@@ -26,6 +29,14 @@ def choose_pieces(pixels: "np.ndarray", count: int = COUNT, side: int = SIDE) ->
     if count == 1:
         return [pieces[len(pieces) // 2]]
     return [pieces[rank * (len(pieces) - 1) // (count - 1)] for rank in range(count)]
+
+
+def int8_options(model, batches: Iterable[tuple]) -> dict:
+    """Arguments of ``pydenoise.accelerate`` for FFDNet in int8, calibrated on ``batches`` of (x, sigma)."""
+    from pydenoise.quantization import calibrate
+
+    calibration = calibrate(model, batches, scheme="per_tensor", sample_elements=SAMPLES)
+    return {"calibration": calibration, "scheme": "per_tensor"}
 
 
 def _starts(length: int, side: int) -> list[int]:
