@@ -48,6 +48,8 @@ def _ours(precision: str):
             batches = [tuple(tensor.to(setting.device) for tensor in batch) for batch in workload.calibration]
             options["calibration"] = batches
         model, report = accelerate(workload.network.to(setting.device), inputs, precision=precision, **options)
+        if precision == "int8" and not any(swap.kernel == "int8" for swap in report.swapped):
+            raise RuntimeError(f"no layer runs in int8: {'; '.join(report.notes) or report}")
         contender = _contender(lambda *tensors: first_tensor(model(*tensors)), inputs)
         contender.note = str(report)
         return contender
