@@ -44,7 +44,7 @@ def group_norm_quantize(
         x = torch.cat([x, skip.to(x.dtype)], dim=1)
     weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
     if x.numel():
-        x = F.group_norm(x, num_groups, weight, bias, eps)
+        x = torch.group_norm(x, num_groups, weight, bias, eps)  # F.group_norm refuses a group of one value
     x = activate(_film(x, film), activation)
     return _finish(x, channel_scale, scale, zero_point, dim=1)
 

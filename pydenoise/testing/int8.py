@@ -362,6 +362,7 @@ GROUP_NORM_CASES: tuple[NormCase, ...] = (
     NormCase("one_group", "a single group", (1, 19, 6, 6), 1),
     NormCase("per_channel", "groups of one channel", (2, 12, 7, 5), 12),
     NormCase("single_pixel", "one pixel", (3, 32, 1, 1), 4),
+    NormCase("single_value", "groups of one value: nothing but the bias remains", (2, 8, 1, 1), 8),
     NormCase("skip", "two inputs, no concatenation", (2, 32, 6, 7), 8, skip=16),
     NormCase("skip_boundary", "a group across the two inputs", (1, 20, 6, 5), 3, skip=13),
     NormCase("film", "adaptive GroupNorm of EDM", (2, 32, 6, 6), 8, film=True),
