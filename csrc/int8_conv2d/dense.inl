@@ -2,6 +2,7 @@
 #pragma once
 
 #include "finish.inl"
+#include "fused.inl"
 #include "gather.inl"
 #include "plan.inl"
 #include "tile.inl"
@@ -156,6 +157,7 @@ struct DenseRun {
         task.ahead = next < 0 ? packed : static_cast<const char*>(p.packed) + layout.block_offset(strip.group, next);
         finisher.prepare(strip.n, strip.group * p.out_channels + block * kLanes, lanes,
                          task.weight_sums + plan.taps * width);
+        const bool fused = is_fusable(finisher.task, finisher.sums, p.out_dtype, width);
         alignas(64) int32_t sums[kTile * kLanes];
         const int64_t rows = min64(plan.rows, p.rows.out_size - strip.row);
         const int64_t columns = min64(plan.columns, p.columns.out_size - strip.column);
@@ -170,11 +172,16 @@ struct DenseRun {
                 task.codes = codes + position * 4;
                 task.scales = gather.scales + position;
                 task.zeros = gather.zeros + position;
-                (rescaled ? kScaledTiles : kIntegerTiles)[pixels - 1][vectors - 1](task, sums);
+                finisher.move_to(strip.n, strip.row + row, strip.column + first);
+                if (fused) {
+                    kFusedTiles[pixels - 1][vectors - 1](task, finisher.task);
+                } else {
+                    (rescaled ? kScaledTiles : kIntegerTiles)[pixels - 1][vectors - 1](task, sums);
+                    finisher.task.row_scales = task.scales;
+                    finisher.task.row_zeros = task.zeros;
+                    finisher.pixels(sums, pixels, width);
+                }
                 task.ahead += task.ahead_step * plan.taps * plan.steps;
-                finisher.task.row_scales = task.scales;
-                finisher.task.row_zeros = task.zeros;
-                finisher.pixels(sums, pixels, width, strip.n, strip.row + row, strip.column + first);
             }
         }
     }

@@ -99,7 +99,8 @@ void depthwise_run(const ConvParams& p, int64_t begin, int64_t end, void*, uint6
                     for (int from = 0; from < lanes; from += kWidth)
                         store_lanes(sums + m * kLanes + from,
                                     depthwise_vector(p, n, row, first + m, channel + from, weights + from));
-                finisher.pixels(sums, count, kLanes, n, row, first);
+                finisher.move_to(n, row, first);
+                finisher.pixels(sums, count, kLanes);
             }
         }
     }

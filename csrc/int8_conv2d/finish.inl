@@ -272,6 +272,7 @@ struct Finisher {
         task.channels = &channels;
         task.residual_dtype = p.residual_dtype;
         task.activation = p.activation;
+        task.residual = p.residual;
         task.out_stride = p.columns.out_stride;
         task.streamed = is_streamed(p);
         task.residual_stride = p.columns.residual_stride;
@@ -307,18 +308,22 @@ struct Finisher {
         }
     }
 
-    // `pixels` adjoining outputs of image n from (row, column); their sums lie `pitch` apart.
-    void pixels(const void* values, int count, int pitch, int64_t n, int64_t row, int64_t column) {
+    // Move to the outputs of image n from (row, column).
+    PDN_INLINE void move_to(int64_t n, int64_t row, int64_t column) {
         const int64_t at = n * p.out_batch_stride + row * p.rows.out_stride + column * p.columns.out_stride;
-        task.sums = values;
-        task.pixels = count;
-        task.pitch = pitch;
         task.output = static_cast<char*>(p.output) + (at + first_channel) * bytes_of(p.out_dtype);
         if (p.residual) {
             const int64_t from = n * p.residual_batch_stride + row * p.rows.residual_stride +
                                  column * p.columns.residual_stride + first_channel;
             task.residual = static_cast<const char*>(p.residual) + from * bytes_of(p.residual_dtype);
         }
+    }
+
+    // `count` adjoining outputs from there; their sums lie `pitch` apart.
+    PDN_INLINE void pixels(const void* values, int count, int pitch) {
+        task.sums = values;
+        task.pixels = count;
+        task.pitch = pitch;
         function(task);
     }
 };
