@@ -12,7 +12,7 @@ SIDE = 128  # what the network was trained on
 ROUNDS = 3
 FLOAT, INT8 = "torch", "pydenoise int8"
 FORMATS = ("contiguous", "channels_last")
-SEED = 0
+SEED = 7  # other noise than that on which KEPT was found
 # They stay in float: quantized alone, at sigma 80, each of them leaves the output at 31 to 42 dB, and each of the other
 # 188 convolutions at 44 dB or more.
 KEPT = (
