@@ -250,11 +250,12 @@ def _table(rows: list[Row]):
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title="Pretrained colour FFDNet on real photographs", title_style="bold")
+    title = "Pretrained colour FFDNet on real photographs"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", padding=(0, 1, 0, 0))
     table.add_column("photograph", no_wrap=True)
-    table.add_column("\N{GREEK SMALL LETTER SIGMA}", justify="right")
+    table.add_column("\N{GREEK SMALL LETTER SIGMA}", justify="right", no_wrap=True)
     table.add_column("run by", no_wrap=True)
-    for heading in ("PSNR dB", "loss dB", "ms", "speed-up", "error"):
+    for heading in ("PSNR", "loss", "ms", "speed-up", "error"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -262,7 +263,8 @@ def _table(rows: list[Row]):
         if previous not in (None, key):
             table.add_section()
         head = ("", "") if key == previous else (row.photograph, str(row.sigma))
-        figures = (f"{row.psnr:.2f}", f"{row.loss:.3f}", f"{row.milliseconds:.0f}", f"{row.speedup:.2f}x")
+        loss = round(row.loss, 2) + 0.0  # no -0.00
+        figures = (f"{row.psnr:.2f}", f"{loss:.2f}", f"{row.milliseconds:.0f}", f"{row.speedup:.2f}x")
         figures = (*figures, f"{row.error:.1e}")
         table.add_row(*head, row.runner, *figures, style="green" if row.runner.startswith("pydenoise") else None)
         previous = key
@@ -274,10 +276,11 @@ def _footnote(rounds: int) -> str:
 
     threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
     return (
-        f"Medians of {rounds} interleaved rounds on {threads}. Speed-up and loss of PSNR: against the faster of "
-        "torch's two memory formats in float32 (the row with 1.00x), eager. Error: the largest difference of any pixel "
-        "value (they lie in 0 to 1) from the network in float64. int8 was calibrated on other pictures (scikit-image's "
-        f"{', '.join(CALIBRATION)}) with noise of sigma {CALIBRATION_SIGMAS[0]} to {CALIBRATION_SIGMAS[-1]}."
+        f"Medians of {rounds} interleaved rounds on {threads}. PSNR in dB. Its loss, and the speed-up: against the "
+        "faster of torch's two memory formats in float32 (the row with 1.00x), eager. Error: the largest difference of "
+        "any pixel value (they lie in 0 to 1) from the network in float64. int8 was calibrated on other pictures "
+        f"(scikit-image's {', '.join(CALIBRATION)}) with noise of sigma {CALIBRATION_SIGMAS[0]} to "
+        f"{CALIBRATION_SIGMAS[-1]}."
     )
 
 
