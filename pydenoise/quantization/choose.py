@@ -45,7 +45,7 @@ class Decision:
 
     Attributes:
         layer: its name. plan: its int8 numbers, or ``None`` if it stays in float. snr_db: of its output; ``inf`` in
-            float. reason: a sentence for the report. measurements: of all candidates.
+            float. reason: a sentence for the report. measurements: of the candidates that were tried.
     """
 
     layer: str
@@ -114,7 +114,7 @@ def choose_layer(
     target_db: float = TARGET_DB,
     float_below: float | None = None,
 ) -> Decision:
-    """Measure every candidate on the layer's calibration samples and take the cheapest that reaches ``target_db``.
+    """Measure candidates on the layer's calibration samples, cheap ones first, until one reaches ``target_db``.
 
     The output is compared with the full-precision one, less its bias (a large bias would hide the error). Among schemes
     of one cost the most accurate counts, with a handicap of 1 dB for a clip search and of 0.25 dB for smoothing; costs
@@ -135,9 +135,18 @@ def choose_layer(
     if not given:
         raise ValueError("schemes: expected at least one")
     samples = sample_outputs(layer, statistics)
-    plans = {scheme: plan_layer(layer, statistics, scheme, samples=samples) for scheme in real}
-    measured = tuple(measure(layer, statistics, plans[scheme], samples) for scheme in real)
-    reached = [m for m in measured if m.snr_db >= target_db]
+    plans: dict[Scheme, LayerPlan] = {}
+    measured: tuple[Measurement, ...] = ()
+    reached: list[Measurement] = []
+    for cost in sorted({scheme.cost for scheme in real}):  # what costs more is measured only where it is needed
+        schemes_here = [scheme for scheme in real if scheme.cost == cost]
+        tried = {scheme: plan_layer(layer, statistics, scheme, samples=samples) for scheme in schemes_here}
+        results = tuple(measure(layer, statistics, plan, samples) for plan in tried.values())
+        plans |= tried
+        measured += results
+        reached = [m for m in results if m.snr_db >= target_db]
+        if reached:
+            break
     note = " (its input is constant)" if statistics.is_constant else ""
     if reached:
         cost = min(m.scheme.cost for m in reached)

@@ -153,7 +153,8 @@ def test_easy_inputs_get_the_cheapest_kind():
     layer = conv()
     decision = choose_layer(layer, calibrated(layer, silu_images()))
     assert decision.scheme.granularity == "per_tensor" and decision.snr_db > 31
-    assert len(decision.measurements) == len(candidates("conv2d"))
+    cheapest = [scheme for scheme in candidates("conv2d") if scheme.cost == 0]
+    assert [m.scheme for m in decision.measurements] == cheapest  # the others need not be measured
     assert decision.plan.scheme == decision.scheme
 
 
