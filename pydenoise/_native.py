@@ -43,6 +43,12 @@ def cuda_extension() -> Library:
     return _load("_cuda", "reinstall with nvcc on PATH, or set PYDENOISE_CUDA=1 to require it")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU kernels in use multiply bfloat16 directly (AVX512-BF16), twice as fast as float32."""
+    library = extension()
+    return library.loaded and library.module.active_isa() == "avx512bf16"
+
+
 def _load(name: str, remedy: str) -> Library:
     spec = importlib.util.find_spec(f"pydenoise.{name}")
     if spec is None or spec.origin is None:

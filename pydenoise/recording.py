@@ -13,7 +13,7 @@ depend on values, is refused with a reason.
 import inspect
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -245,6 +245,42 @@ def _key(leaves: list, spec) -> tuple | None:
     return tuple(parts)
 
 
+class _State:
+    """What a recording depends on besides its inputs: the modules, the parameters and buffers that it only reads, each
+    module's mode, and what a module gives by a method ``recorded_state``. Looked at in every call, so it is kept flat.
+    """
+
+    def __init__(self, model: nn.Module, written: Collection[int]):
+        modules = list(model.modules())
+        self._stateful = [module for module in modules if hasattr(type(module), "recorded_state")]
+        self._places: list[tuple[dict, str, object]] = []  # whose entry is to stay the same object
+        self._modes = [module.__dict__ for module in modules]
+        self._tensors: list[Tensor] = []
+        for module in modules:
+            inside = module.__dict__
+            for entries in (inside["_modules"], inside["_parameters"], inside["_buffers"]):
+                self._places += [(entries, name, value) for name, value in entries.items()]
+            tensors = [*inside["_parameters"].values(), *inside["_buffers"].values()]
+            self._tensors += [t for t in tensors if t is not None and _storage(t) not in written]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._seen = self._look()
+
+    def _look(self) -> tuple:
+        return (
+            [t._version for t in self._versioned],
+            [t.data_ptr() for t in self._tensors],
+            [inside["training"] for inside in self._modes],
+            [module.recorded_state() for module in self._stateful],
+        )
+
+    def changed(self) -> bool:
+        """Whether anything is not as it was."""
+        for entries, name, value in self._places:
+            if entries.get(name) is not value:
+                return True
+        return self._look() != self._seen
+
+
 @dataclass
 class RecordedForward:
     """Stands in for a model's ``forward``: records it once per input shape and replays it.
@@ -261,8 +297,7 @@ class RecordedForward:
     refusals: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._recordings: OrderedDict[tuple, tuple[Recording | None, list]] = OrderedDict()
-        self._stateful: list[nn.Module] = []
+        self._recordings: OrderedDict[tuple, tuple[Recording | None, _State]] = OrderedDict()
         parameters = list(inspect.signature(type(self.model).forward).parameters.values())[1:]
         self._names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
 
@@ -278,8 +313,8 @@ class RecordedForward:
             self._refuse("an argument is neither a plain tensor nor a plain value")
             return self._own(*args, **kwargs)
         key = (key, numbers, torch.is_autocast_enabled("cpu"), _native.extension().module.active_isa())
-        recording, fingerprint = self._recordings.get(key, (None, None))
-        if fingerprint is None or fingerprint != self._fingerprint(recording):
+        recording, state = self._recordings.get(key, (None, None))
+        if state is None or state.changed():
             recording = self._record(key, args, kwargs, call)
         else:
             self._recordings.move_to_end(key)
@@ -308,7 +343,6 @@ class RecordedForward:
         return any(t.requires_grad for t in _tensors((args, kwargs)))
 
     def _record(self, key: tuple, args: tuple, kwargs: dict, call: tuple[tuple, dict]) -> Recording | None:
-        self._stateful = [module for module in self.model.modules() if hasattr(type(module), "recorded_state")]
         try:
             with torch.no_grad():
                 # packs weights and fills caches, so that the recorded run computes nothing else
@@ -320,7 +354,7 @@ class RecordedForward:
         except Unrecordable as reason:
             self._refuse(str(reason))
             recording = None
-        self._recordings[key] = (recording, self._fingerprint(recording))
+        self._recordings[key] = (recording, _State(self.model, () if recording is None else recording.written))
         self._recordings.move_to_end(key)
         while len(self._recordings) > MAX_RECORDINGS:
             self._recordings.popitem(last=False)
@@ -329,23 +363,6 @@ class RecordedForward:
     def _refuse(self, reason: str) -> None:
         if reason not in self.refusals:
             self.refusals.append(reason)
-
-    def _fingerprint(self, recording: Recording | None) -> list:
-        """Changes with the places and versions of all parameters and buffers that the forward only reads, with each
-        module's mode, and with what a module gives by a method ``recorded_state``."""
-        written = () if recording is None else recording.written
-        found: list = []
-        modules: list = [self.model]
-        while modules:  # by hand: this runs at each call, and Module.modules() takes longer than all else here
-            inside = modules.pop().__dict__
-            found.append(inside["training"])
-            for tensors in (inside["_parameters"], inside["_buffers"]):
-                for tensor in tensors.values():
-                    if tensor is not None and not (written and _storage(tensor) in written):
-                        found.append((tensor.data_ptr(), None if tensor.is_inference() else tensor._version))
-            modules += [module for module in inside["_modules"].values() if module is not None]
-        found += [module.recorded_state() for module in self._stateful]
-        return found
 
     def recordings(self) -> list[Recording]:
         """What is recorded now, least recently used first."""

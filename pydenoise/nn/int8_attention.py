@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydenoise import functional as PF
+from pydenoise._native import multiplies_bfloat16
 from pydenoise.nn._blocks import (
     Int8Block,
     as_image,
@@ -21,7 +22,7 @@ from pydenoise.nn._blocks import (
 )
 from pydenoise.nn._frozen import Norm
 from pydenoise.nn._plans import Plans
-from pydenoise.nn.int8_linear import joined
+from pydenoise.nn.int8_linear import Int8Linear, joined
 from pydenoise.ops._quantized import FLOATS
 
 _PROCESSORS = ("AttnProcessor", "AttnProcessor2_0", "AttentionProcessor")
@@ -95,7 +96,8 @@ class Int8AttentionBlock(Int8Block):
                 raise ValueError(f"{name}: the block attends to all of its own pixels, expected None")
         dtype, (height, width) = hidden_states.dtype, hidden_states.shape[2:]
         x = as_tokens(group_normed(self.to_qkv, self.group_norm, hidden_states, activation="none"))
-        mixed = attend(run_linear(self.to_qkv, x, dtype).chunk(3, dim=-1), self.heads, self.scale)
+        qkv = run_linear(self.to_qkv, x, score_dtype(self.to_qkv, dtype))
+        mixed = attend(qkv.chunk(3, dim=-1), self.heads, self.scale)
         residual = None
         if self.residual:
             residual = as_tokens(hidden_states if self.gain == 1.0 else hidden_states * self.gain)
@@ -103,6 +105,17 @@ class Int8AttentionBlock(Int8Block):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"
+
+
+def score_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the attention behind the projection ``layer`` in a network of ``dtype``.
+
+    bfloat16 behind an int8 projection where the processor multiplies it: its rounding (2**-9) is far below the error
+    that the projection's own 8 bits make, and the products are twice as fast.
+    """
+    if dtype != torch.float32 or torch.compiler.is_compiling() or not isinstance(layer, Int8Linear):
+        return dtype
+    return torch.bfloat16 if layer.weight.is_cpu and multiplies_bfloat16() else dtype
 
 
 def attend(

@@ -20,7 +20,7 @@ from pydenoise.nn._blocks import (
 from pydenoise.nn._frozen import Norm
 from pydenoise.nn._int8 import Codes, Int8Layer
 from pydenoise.nn._plans import Plans, Within
-from pydenoise.nn.int8_attention import attend, check_attention
+from pydenoise.nn.int8_attention import attend, check_attention, score_dtype
 from pydenoise.nn.int8_linear import Int8Linear, joined
 from pydenoise.reference.quantize import transform
 
@@ -52,7 +52,7 @@ class Int8Attention(Int8Block):
 
     def key_value(self, encoder_hidden_states: Tensor | Codes, dtype: torch.dtype) -> Tensor:
         """[N, S, 2 * inner]: keys and values of what is attended to, [N, S, C]; the same at every step of a sampler."""
-        return run_linear(self.to_kv, encoder_hidden_states, dtype)
+        return run_linear(self.to_kv, encoder_hidden_states, score_dtype(self.to_kv, dtype))
 
     def forward(
         self,
@@ -64,13 +64,14 @@ class Int8Attention(Int8Block):
         """``hidden_states + to_out(attention(norm(hidden_states)))``; ``key_value`` as :meth:`key_value` gave it."""
         dtype = hidden_states.dtype
         if self.crossed:
-            q = run_linear(self.to_q, layer_normed(self.to_q, self.norm, hidden_states), dtype)
+            q = layer_normed(self.to_q, self.norm, hidden_states)
+            q = run_linear(self.to_q, q, score_dtype(self.to_q, dtype))
             if key_value is None:
                 key_value = self.key_value(encoder_hidden_states, dtype)
-            parts = (q, *key_value.to(dtype).chunk(2, dim=-1))
+            parts = (q, *key_value.to(q.dtype).chunk(2, dim=-1))
         else:
             x = layer_normed(self.to_qkv, self.norm, hidden_states)
-            parts = run_linear(self.to_qkv, x, dtype).chunk(3, dim=-1)
+            parts = run_linear(self.to_qkv, x, score_dtype(self.to_qkv, dtype)).chunk(3, dim=-1)
         return run_linear(self.to_out, attend(parts, self.heads, self.scale, mask), dtype, hidden_states)
 
 

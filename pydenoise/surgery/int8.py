@@ -275,8 +275,7 @@ def output_snr(actual: object, expected: object) -> float | None:
 
 def _float_dtype() -> torch.dtype | None:
     """The dtype of float layers inside int8 blocks: bfloat16 where the processor multiplies it, else their own."""
-    library = _native.extension()
-    return torch.bfloat16 if library.loaded and library.module.active_isa() == "avx512bf16" else None
+    return torch.bfloat16 if _native.multiplies_bfloat16() else None
 
 
 def _perturbed(example: Example, seed: int) -> tuple[tuple, dict]:
