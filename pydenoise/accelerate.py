@@ -50,8 +50,8 @@ def accelerate(
     Chains of convolution, batch normalisation (folded in float64), activation (ReLU, SiLU, GELU, LeakyReLU of slope
     0.01, 0.1 or 0.2) and residual addition become one fused layer each; all else is kept. The model is read through
     ``torch.fx`` (the result is a ``torch.fx.GraphModule`` with the same call signature); where that fails, modules are
-    swapped one by one and the model keeps its class. Python values that the forward reads (attributes, arguments left at their defaults) are fixed
-    as they are now, as ``torch.fx`` does it.
+    swapped one by one and the model keeps its class. Python values that the forward reads (attributes, arguments left
+    at their defaults) are fixed as they are now, as ``torch.fx`` does it.
 
     Args:
         model: in eval mode. It is not changed, unless ``inplace``; it is run on copies of the example.
