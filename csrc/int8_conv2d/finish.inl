@@ -35,7 +35,7 @@ struct FinishTask {
     DType residual_dtype;
     Activation activation;
     bool streamed;  // float32 output past the caches
-    float out_scale;
+    float inverse_out_scale;
     int32_t out_zero, out_low;
 };
 
@@ -55,15 +55,24 @@ PDN_INLINE vf residual_vector(const FinishTask& t, int64_t at, int lanes) {
     }
 }
 
-// Code of a value: half to even, NaN as 0.
-PDN_INLINE vi code_of(vf y, float scale, int32_t zero, int32_t low) {
-    vf q = y / splat(scale);
+// Code of a value: half to even, NaN as 0. The product with the scale's reciprocal differs from the quotient in its
+// last bit, which moves a code by one beside ties; a division took a tenth of a layer of 64 channels.
+PDN_INLINE vi code_of(vf y, float inverse_scale, int32_t zero, int32_t low) {
+#if defined(__AVX512F__)
+    const __m512 q = (__m512)(y * splat(inverse_scale));
+    const __m512 near = _mm512_max_ps(_mm512_min_ps(q, _mm512_set1_ps(1024.f)), _mm512_set1_ps(-1024.f));
+    const __m512i rounded = _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(q, q, _CMP_ORD_Q), near);
+    const __m512i shifted = _mm512_add_epi32(rounded, _mm512_set1_epi32(zero));
+    return (vi)_mm512_min_epi32(_mm512_max_epi32(shifted, _mm512_set1_epi32(low)), _mm512_set1_epi32(127));
+#else
+    vf q = y * splat(inverse_scale);
     q = select(q > 1024.f, splat(1024.f), select(q < -1024.f, splat(-1024.f), q));
     const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
     const vi rounded = (vi)(q + magic) - (vi)magic;
     const vi code = (rounded & (q == q)) + zero;
     const vi above = code > low ? code : splat_lanes(low);
     return above < 127 ? above : splat_lanes(127);
+#endif
 }
 
 PDN_INLINE void store_codes(int8_t* to, vi code, int lanes) {
@@ -116,7 +125,7 @@ PDN_INLINE void store_value(T* to, vf y, int lanes, const FinishTask&) {
         store_partial(to, y, lanes);
 }
 PDN_INLINE void store_value(int8_t* to, vf y, int lanes, const FinishTask& t) {
-    store_codes(to, code_of(y, t.out_scale, t.out_zero, t.out_low), lanes);
+    store_codes(to, code_of(y, t.inverse_out_scale, t.out_zero, t.out_low), lanes);
 }
 
 struct Row {  // per_row: the pixel's own
@@ -277,7 +286,7 @@ struct Finisher {
         task.streamed = is_streamed(p);
         task.residual_stride = p.columns.residual_stride;
         if (p.out_dtype != DType::int8) return;
-        task.out_scale = *p.out_scale;
+        task.inverse_out_scale = 1.f / *p.out_scale;
         task.out_zero = p.out_zero_point ? *p.out_zero_point : 0;
         task.out_low = p.out_zero_point ? -128 : -127;
     }

@@ -87,7 +87,8 @@ def int8_conv2d(
         activation: "none", "relu", "silu", "gelu", "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1" or
             "leaky_relu_0.2".
         out_dtype: torch.float32, bfloat16 or float16; torch.int8, requantized by ``out_scale`` and ``out_zero_point``
-            (rules of :func:`pydenoise.functional.quantize`); or torch.int32, ``acc`` itself.
+            (rules of :func:`pydenoise.functional.quantize`; a code beside a tie may differ by one); or torch.int32,
+            ``acc`` itself.
         upsample: 2 reads the input as if enlarged twice by nearest neighbours.
         backend: "auto" or one of "cpu", "triton", "cuda", "reference".
 
