@@ -57,6 +57,7 @@ class Int8AttentionBlock(Int8Block):
     def __init__(self, spec: AttentionSpec, plans: Plans):
         super().__init__()
         self.heads, self.scale = spec.heads, spec.scale
+        self.fast_bfloat16 = multiplies_bfloat16()
         self.residual, self.gain = spec.residual, spec.gain
         self.group_norm = Norm.from_float(spec.norm, "group_norm")
         *names, last = spec.names
@@ -96,7 +97,7 @@ class Int8AttentionBlock(Int8Block):
                 raise ValueError(f"{name}: the block attends to all of its own pixels, expected None")
         dtype, (height, width) = hidden_states.dtype, hidden_states.shape[2:]
         x = as_tokens(group_normed(self.to_qkv, self.group_norm, hidden_states, activation="none"))
-        qkv = run_linear(self.to_qkv, x, score_dtype(self.to_qkv, dtype))
+        qkv = run_linear(self.to_qkv, x, score_dtype(self.to_qkv, dtype, self.fast_bfloat16))
         mixed = attend(qkv.chunk(3, dim=-1), self.heads, self.scale)
         residual = None
         if self.residual:
@@ -107,18 +108,15 @@ class Int8AttentionBlock(Int8Block):
         return f"heads={self.heads}"
 
 
-def score_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+def score_dtype(layer: nn.Module, dtype: torch.dtype, fast: bool) -> torch.dtype:
     """The dtype of the attention behind the projection ``layer`` in a network of ``dtype``.
 
-    bfloat16 behind an int8 projection where the processor multiplies it: its rounding (2**-9) is far below the error
-    that the projection's own 8 bits make, and the products are twice as fast.
+    bfloat16 behind an int8 projection where the processor multiplies it (``fast``): its rounding (2**-9) is far below
+    the error that the projection's own 8 bits make, and the products are twice as fast.
     """
     if dtype != torch.float32 or not isinstance(layer, Int8Linear):
         return dtype
-    return torch.bfloat16 if layer.weight.is_cpu and _fast_bfloat16() else dtype
-
-
-_fast_bfloat16 = torch.compiler.assume_constant_result(multiplies_bfloat16)
+    return torch.bfloat16 if layer.weight.is_cpu and fast else dtype
 
 
 def attend(

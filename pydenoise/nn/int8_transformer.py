@@ -7,6 +7,7 @@ cross-attention k and v; GEGLU is fused with the quantization of its result, eve
 import torch
 from torch import Tensor, nn
 
+from pydenoise._native import multiplies_bfloat16
 from pydenoise.nn._blocks import (
     Int8Block,
     as_image,
@@ -36,6 +37,7 @@ class Int8Attention(Int8Block):
         if getattr(attention, "group_norm", None) is not None:
             raise ValueError(f"{name}.group_norm: expected None inside a transformer block")
         self.heads, self.scale = attention.heads, attention.scale
+        self.fast_bfloat16 = multiplies_bfloat16()
         self.crossed = crossed
         gain = 1.0 / attention.rescale_output_factor
         if gain != 1.0 or attention.residual_connection:
@@ -52,7 +54,7 @@ class Int8Attention(Int8Block):
 
     def key_value(self, encoder_hidden_states: Tensor | Codes, dtype: torch.dtype) -> Tensor:
         """[N, S, 2 * inner]: keys and values of what is attended to, [N, S, C]; the same at every step of a sampler."""
-        return run_linear(self.to_kv, encoder_hidden_states, score_dtype(self.to_kv, dtype))
+        return run_linear(self.to_kv, encoder_hidden_states, score_dtype(self.to_kv, dtype, self.fast_bfloat16))
 
     def forward(
         self,
@@ -65,13 +67,13 @@ class Int8Attention(Int8Block):
         dtype = hidden_states.dtype
         if self.crossed:
             q = layer_normed(self.to_q, self.norm, hidden_states)
-            q = run_linear(self.to_q, q, score_dtype(self.to_q, dtype))
+            q = run_linear(self.to_q, q, score_dtype(self.to_q, dtype, self.fast_bfloat16))
             if key_value is None:
                 key_value = self.key_value(encoder_hidden_states, dtype)
             parts = (q, *key_value.to(q.dtype).chunk(2, dim=-1))
         else:
             x = layer_normed(self.to_qkv, self.norm, hidden_states)
-            parts = run_linear(self.to_qkv, x, score_dtype(self.to_qkv, dtype)).chunk(3, dim=-1)
+            parts = run_linear(self.to_qkv, x, score_dtype(self.to_qkv, dtype, self.fast_bfloat16)).chunk(3, dim=-1)
         return run_linear(self.to_out, attend(parts, self.heads, self.scale, mask), dtype, hidden_states)
 
 
