@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))  # under pip's isolation the project's folder is n
 
 import setup_cuda  # noqa: E402
 
-# Adding an ISA level: a row here, one in csrc/core/isa.{h,cpp}, one in each dispatch.cpp.
+# Adding an ISA level: a row here, one in csrc/core/isa.{h,cpp}, one in csrc/core/levels.h.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 ISA_FLAGS = {"baseline": []}

@@ -2,31 +2,16 @@
 
 #include <atomic>
 
+#include "../core/levels.h"
 #include "../core/pool.h"
 #include "../core/threads.h"
 
 namespace pdn {
 namespace attention {
 
-extern const KernelSet kernels_baseline;
-#if defined(__x86_64__)
-extern const KernelSet kernels_avx2;
-extern const KernelSet kernels_avx512;
-extern const KernelSet kernels_avx512bf16;
-#endif
+PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
 
 namespace {
-
-const KernelSet* const kSets[kIsaCount] = {
-    &kernels_baseline,
-#if defined(__x86_64__)
-    &kernels_avx2,
-    &kernels_avx2,  // avx2vnni: no integers here
-    &kernels_avx512,
-    &kernels_avx512,  // avx512vnni
-    &kernels_avx512bf16,
-#endif
-};
 
 constexpr int64_t kManyHeads = 32;           // enough to keep threads busy with whole heads
 constexpr double kSerialProducts = 200000.;  // below, waking another thread costs more than it saves

@@ -8,27 +8,14 @@
 #include <vector>
 
 #include "isa.h"
+#include "levels.h"
 #include "peaks_burst.h"
 
 namespace pdn {
 
-extern const Bursts bursts_baseline;
-#if defined(__x86_64__)
-extern const Bursts bursts_avx2;
-extern const Bursts bursts_avx2vnni;
-extern const Bursts bursts_avx512;
-extern const Bursts bursts_avx512vnni;
-extern const Bursts bursts_avx512bf16;
-#endif
+PDN_ALL_LEVELS(Bursts, bursts, kBursts)
 
 namespace {
-
-const Bursts* const kBursts[kIsaCount] = {
-    &bursts_baseline,
-#if defined(__x86_64__)
-    &bursts_avx2,     &bursts_avx2vnni, &bursts_avx512, &bursts_avx512vnni, &bursts_avx512bf16,
-#endif
-};
 
 using Clock = std::chrono::steady_clock;
 

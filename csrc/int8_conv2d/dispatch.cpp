@@ -2,28 +2,15 @@
 
 #include <atomic>
 
+#include "../core/levels.h"
 #include "../core/threads.h"
 
 namespace pdn {
 namespace int8_conv2d {
 
-extern const KernelSet kernels_baseline;
-#if defined(__x86_64__)
-extern const KernelSet kernels_avx2;
-extern const KernelSet kernels_avx2vnni;
-extern const KernelSet kernels_avx512;
-extern const KernelSet kernels_avx512vnni;
-#endif
+PDN_INT8_LEVELS(KernelSet, kernels, kSets)
 
 namespace {
-
-const KernelSet* const kSets[kIsaCount] = {
-    &kernels_baseline,
-#if defined(__x86_64__)
-    &kernels_avx2,       &kernels_avx2vnni, &kernels_avx512, &kernels_avx512vnni,
-    &kernels_avx512vnni,  // avx512bf16
-#endif
-};
 
 // Below this many products waking a second thread costs more than it brings.
 constexpr double kSerialProducts = 1e6;

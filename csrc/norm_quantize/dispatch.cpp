@@ -5,30 +5,15 @@
 #include <new>
 #include <thread>
 
+#include "../core/levels.h"
 #include "../core/threads.h"
 
 namespace pdn {
 namespace norm_quantize {
 
-extern const KernelSet kernels_baseline;
-#if defined(__x86_64__)
-extern const KernelSet kernels_avx2;
-extern const KernelSet kernels_avx512;
-extern const KernelSet kernels_avx512bf16;
-#endif
+PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
 
 namespace {
-
-const KernelSet* const kSets[kIsaCount] = {
-    &kernels_baseline,
-#if defined(__x86_64__)
-    &kernels_avx2,
-    &kernels_avx2,  // avx2vnni: no dot products here
-    &kernels_avx512,
-    &kernels_avx512,  // avx512vnni
-    &kernels_avx512bf16,
-#endif
-};
 
 constexpr int64_t kSerialElements = 24576;  // below, waking another thread costs more than it saves
 

@@ -2,30 +2,15 @@
 
 #include <atomic>
 
+#include "../core/levels.h"
 #include "../core/threads.h"
 
 namespace pdn {
 namespace weighted_conv {
 
-extern const KernelSet kernels_baseline;
-#if defined(__x86_64__)
-extern const KernelSet kernels_avx2;
-extern const KernelSet kernels_avx512;
-extern const KernelSet kernels_avx512bf16;
-#endif
+PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
 
 namespace {
-
-const KernelSet* const kSets[kIsaCount] = {
-    &kernels_baseline,
-#if defined(__x86_64__)
-    &kernels_avx2,
-    &kernels_avx2,  // avx2vnni: nothing more for floats
-    &kernels_avx512,
-    &kernels_avx512,  // avx512vnni
-    &kernels_avx512bf16,
-#endif
-};
 
 int64_t gcd(int64_t a, int64_t b) { return b == 0 ? a : gcd(b, a % b); }
 
