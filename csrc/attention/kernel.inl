@@ -3,7 +3,7 @@
 #pragma once
 
 #include "layout.inl"
-#include "softmax.inl"
+#include "mask.inl"
 
 namespace pdn {
 namespace attention {
@@ -64,21 +64,6 @@ PDN_INLINE void score_tile(const Layout& l, const float* query, const float* key
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v)
             store(scores + r * kScoreStep + v * kWidth, Cells::kPerCell == 1 ? sums[r][v] : sums[r][v] * scale);
-}
-
-// body.operator()<Vectors>(first) for every tile of `count` floats.
-template <class Body>
-PDN_INLINE void each_tile(int64_t count, const Body& body) {
-    for (int64_t first = 0, vectors; first < count; first += vectors * kWidth) {
-        vectors = tile_vectors((count - first) / kWidth);
-        if (vectors == kTile) {
-            body.template operator()<kTile>(first);
-        } else if (vectors == 1) {
-            body.template operator()<1>(first);
-        } else if constexpr (kTile == 4) {
-            vectors == 2 ? body.template operator()<2>(first) : body.template operator()<3>(first);
-        }
-    }
 }
 
 PDN_INLINE void add_sums(float* sums, vf value, float kept, bool begun) {
@@ -159,7 +144,7 @@ void attend_as(const AttentionParams& p, int64_t image, int64_t head, int64_t fi
     const Layout l(p);
     const State s = state_of(l, scratch);
     const float scale = p.scale * kLog2E;
-    pack_queries<Cells>(l, Rows<T>(p, p.query, image, head), first, last, scale, s.query);
+    pack_queries<Cells>(l, Rows<T>(p.query, image, head, p.query.count, p.size), first, last, scale, s.query);
     for (int64_t begin = 0; begin < p.key.count; begin += l.block) {
         const int64_t keys = least(l.block, p.key.count - begin), padded = round_up(keys, l.unit);
         const float* block_keys = packed + l.keys_at(begin / l.block);

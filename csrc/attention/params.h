@@ -1,19 +1,11 @@
 // Dense attention: plain structs between the bindings, the dispatcher and the per-ISA kernels. The heads of a token lie
-// next to each other; strides count elements.
+// next to each other.
 #pragma once
 
-#include <cstdint>
+#include "../core/attention/tokens.h"
 
 namespace pdn {
 namespace attention {
-
-enum class DType : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-
-// [batch, count, heads * size]: queries, keys or values.
-struct Tokens {
-    const void* data;
-    int64_t count, batch_stride, row_stride;
-};
 
 // Of the scores [batch, heads, queries, keys]; the keys of a row are adjacent. Stride 0 repeats.
 struct Mask {

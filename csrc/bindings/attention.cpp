@@ -27,8 +27,8 @@ Tensor with_adjacent_elements(const Tensor& tensor) {
     return tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor : dense(tensor);
 }
 
-Tokens tokens_of(const Tensor& tensor) {
-    return {tensor.data_ptr(), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+Tokens tokens_of(const Tensor& tensor, int64_t size) {
+    return {tensor.data_ptr(), tensor.size(1), tensor.stride(0), size, tensor.stride(1)};
 }
 
 // [N or 1, heads or 1, T or 1, S]
@@ -59,9 +59,9 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, int64
     p.batch = query.size(0);
     p.heads = heads;
     p.size = query.size(2) / heads;
-    p.query = tokens_of(q);
-    p.key = tokens_of(k);
-    p.value = tokens_of(v);
+    p.query = tokens_of(q, p.size);
+    p.key = tokens_of(k, p.size);
+    p.value = tokens_of(v, p.size);
     p.scale = static_cast<float>(scale);
     p.output = output.data_ptr();
     if (output.numel() == 0) return output;

@@ -79,6 +79,7 @@ struct Input {
         std::normal_distribution<float> normal(0, deviation);
         tokens.count = count;
         tokens.row_stride = c.heads * c.size + c.gap;
+        tokens.head_stride = c.size;
         tokens.batch_stride = count * tokens.row_stride;
         floats.resize(static_cast<size_t>(c.batch * tokens.batch_stride - c.gap));
         for (float& x : floats) x = normal(generator);

@@ -2,8 +2,8 @@
 // multiplies and adds up. Included once per ISA level.
 #pragma once
 
-#include "../core/epilogue.inl"
-#include "../core/lanes.inl"
+#include "../epilogue.inl"
+#include "../lanes.inl"
 
 namespace pdn {
 namespace attention {
@@ -39,18 +39,18 @@ struct Bf16Pairs {
 #endif
 
 // sums[r][v] = sum over k < count of a[k + r * row_step] * b[k * Vectors * kWidth + v * kWidth ...]
-template <class Cells, int Vectors>
-PDN_INLINE void multiply(const float* a, int64_t row_step, const float* b, int64_t count, vf (&sums)[kRows][Vectors]) {
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
+template <class Cells, int Vectors, int Rows>
+PDN_INLINE void multiply(const float* a, int64_t row_step, const float* b, int64_t count, vf (&sums)[Rows][Vectors]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sums[r][v] = vf{};
     for (int64_t k = 0; k < count; ++k) {
         vf row[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kWidth);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
             const vf factor = Cells::repeated(a + k + r * row_step);
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) sums[r][v] = Cells::add_product(sums[r][v], factor, row[v]);
