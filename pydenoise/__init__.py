@@ -13,6 +13,7 @@ _MODULES = ("functional", "nn", "quantization", "testing", "kernels", "reference
 _NAMES = {
     "accelerate": "pydenoise.accelerate",
     "AccelerationReport": "pydenoise.accelerate",
+    "BlockMask": "pydenoise.block_mask",
     "density": "pydenoise.densities",
     "explain": "pydenoise.explain",
     "load_quantized": "pydenoise.surgery.checkpoint",

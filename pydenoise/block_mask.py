@@ -44,7 +44,7 @@ def dense_from_lists(counts: Tensor, indices: Tensor, n: int) -> Tensor:
 
 
 def transpose_lists(counts: Tensor, indices: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """The lists by block of keys: which blocks of queries read it. counts [..., nq], indices [..., nq, k], n blocks of keys."""
+    """Of counts [..., nq] and indices [..., nq, k]: which blocks of queries read each of the ``n`` blocks of keys."""
     return lists_from_dense(dense_from_lists(counts, indices, n).mT, counts.shape[-1])
 
 
@@ -183,12 +183,12 @@ class BlockMask:
         return tokens.repeat_interleave(self.block_size, -2)[..., : self.query_length, :]
 
     def to_flex(self) -> FlexBlockMask:
-        """The same mask for torch's FlexAttention. Its ``mask_mod`` says the same, for the eager path reads only that."""
+        """For torch's FlexAttention, with a ``mask_mod`` that says the same: its eager path reads only that."""
         from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
         dense, size = self.to_dense(), self.block_size
         batches, heads = dense.shape[:2]
-        numbers = torch.sort((~dense).to(torch.int8), -1, stable=True).indices.to(torch.int32)
+        numbers = torch.sort((~dense).to(torch.int8), dim=-1, stable=True).indices.to(torch.int32)
 
         def mask_mod(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
             return dense[b if batches > 1 else 0, h if heads > 1 else 0, query // size, key // size]

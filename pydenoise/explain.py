@@ -3,7 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pydenoise.ops import attention, int8_conv2d, int8_linear, norm_quantize, quantize, registry, weighted_conv
+from pydenoise.ops import (
+    attention,
+    block_importance,
+    block_sparse_attention,
+    int8_conv2d,
+    int8_linear,
+    norm_quantize,
+    quantize,
+    registry,
+    weighted_conv,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,8 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "int8_conv2d": (int8_conv2d.OP, int8_conv2d.prepare),
     "int8_linear": (int8_linear.OP, int8_linear.prepare),
     "attention": (attention.OP, attention.prepare),
+    "block_importance": (block_importance.OP, block_importance.prepare),
+    "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
 }
 
 

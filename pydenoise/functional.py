@@ -1,14 +1,19 @@
 """Functional API: the ops under their torch.nn.functional-style names."""
 
 from pydenoise.ops.attention import attention
+from pydenoise.ops.block_importance import block_importance
+from pydenoise.ops.block_sparse_attention import block_sparse_attention
 from pydenoise.ops.int8_conv2d import int8_conv2d
 from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
 from pydenoise.ops.quantize import dequantize, quantize, quantize_dynamic
+from pydenoise.ops.sparsed_block_mask import sparsed_block_mask
 from pydenoise.ops.weighted_conv import weighted_conv1d, weighted_conv2d, weighted_conv3d
 
 __all__ = [
     "attention",
+    "block_importance",
+    "block_sparse_attention",
     "dequantize",
     "group_norm_silu_quantize",
     "int8_conv2d",
@@ -16,6 +21,7 @@ __all__ = [
     "layer_norm_quantize",
     "quantize",
     "quantize_dynamic",
+    "sparsed_block_mask",
     "weighted_conv1d",
     "weighted_conv2d",
     "weighted_conv3d",

@@ -72,7 +72,7 @@ def residual_of(value: object, shape: tuple[int, ...], like: Tensor) -> Tensor |
     return value.detach()
 
 
-def _values_are_known(tensor: Tensor) -> bool:
+def values_are_known(tensor: Tensor) -> bool:
     """Whether looking at the values costs no wait for a device, no graph break, and no refusal of a recording."""
     if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return False
@@ -101,7 +101,7 @@ def scale_of(name: str, value: object, like: Tensor, shapes: dict[str, tuple[int
                 f"{name}: expected one value{', or ' if shapes else ''}{allowed}, got {tuple(scale.shape)}"
             )
         scale = scale.reshape(())
-    if _values_are_known(scale) and scale.numel():
+    if values_are_known(scale) and scale.numel():
         check_positive(name, scale)
     return scale
 
@@ -128,7 +128,7 @@ def zero_point_of(name: str, value: object, scale: Tensor) -> Tensor | None:
         if value.numel() != 1 or scale.dim():
             raise ValueError(f"{name}: expected the scale's shape {tuple(scale.shape)}, got {tuple(value.shape)}")
         value = value.reshape(())
-    if _values_are_known(value) and value.numel():
+    if values_are_known(value) and value.numel():
         low, high = (v.item() for v in torch.aminmax(value))
         if low < -128 or high > 127:
             raise ValueError(f"{name}: expected values from -128 to 127, got {low if low < -128 else high}")

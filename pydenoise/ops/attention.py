@@ -1,12 +1,11 @@
 """Dense attention on what linear projections give: argument checks, the torch op, and the backend rows."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from pydenoise.ops import registry
 from pydenoise.ops._arguments import check_tensor
+from pydenoise.ops._attention import scale_of
 from pydenoise.ops._quantized import call, check_floats, never
 from pydenoise.ops.registry import Backend
 from pydenoise.reference import attention as reference
@@ -76,7 +75,7 @@ def prepare(query, key, value, num_heads, *, scale=None, mask=None) -> tuple:
     if value.shape[1] != key.shape[1]:
         raise ValueError(f"value: expected as many tokens as key, {key.shape[1]}, got {value.shape[1]}")
     mask = _mask_of(mask, query, (n, num_heads, query.shape[1], key.shape[1]))
-    return query.detach(), key.detach(), value.detach(), num_heads, _scale_of(scale, width // num_heads), mask
+    return query.detach(), key.detach(), value.detach(), num_heads, scale_of(scale, width // num_heads), mask
 
 
 def _check_like_query(name: str, tensor: object, query: Tensor) -> None:
@@ -85,16 +84,6 @@ def _check_like_query(name: str, tensor: object, query: Tensor) -> None:
         raise TypeError(f"{name}: expected dtype {query.dtype} (that of query), got {tensor.dtype}")
     if tensor.device != query.device:
         raise ValueError(f"{name}: expected device {query.device} (that of query), got {tensor.device}")
-
-
-def _scale_of(scale: float | None, size: int) -> float:
-    if scale is None:
-        return 1 / math.sqrt(size)
-    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
-        raise TypeError(f"scale: expected a number or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return float(scale)
 
 
 def _mask_of(mask: Tensor | None, query: Tensor, shape: tuple[int, ...]) -> Tensor | None:

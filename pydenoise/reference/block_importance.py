@@ -1,4 +1,4 @@
-"""How much attention each block of keys gets from each block of queries, in plain torch; one row of blocks at a time."""
+"""How much attention each block of keys gets from each block of queries, in plain torch, row by row."""
 
 import torch
 from torch import Tensor

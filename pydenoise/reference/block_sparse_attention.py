@@ -1,4 +1,4 @@
-"""Attention over lists of blocks of keys in plain torch: the oracle and the fallback. Reads no key that is not listed."""
+"""Attention over lists of blocks of keys in plain torch: the oracle and the fallback. Reads only what is listed."""
 
 import torch
 from torch import Tensor
