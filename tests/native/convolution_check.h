@@ -10,9 +10,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <random>
 #include <vector>
+
+#include "aligned.h"
 
 namespace check {
 
@@ -37,21 +38,6 @@ struct Case {
 };
 
 constexpr Side kFlat = {1, 1};
-
-// Memory that begins at a cache line, as a tensor's does, and ends where the tensor ends.
-template <class T>
-struct Aligned {
-    using value_type = T;
-    Aligned() = default;
-    template <class U>
-    Aligned(const Aligned<U>&) {}
-    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
-    void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
-    bool operator==(const Aligned&) const { return true; }
-};
-
-template <class T>
-using Values = std::vector<T, Aligned<T>>;
 
 inline double value_of(const Values<float>& data, int64_t at) { return data[static_cast<size_t>(at)]; }
 inline double value_of(const Values<bf16>& data, int64_t at) { return from_bf16(data[static_cast<size_t>(at)]); }

@@ -14,13 +14,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "../../csrc/int8_conv2d/dense.inl"
 #include "../../csrc/int8_conv2d/depthwise.inl"
+#include "aligned.h"
 
 using namespace pdn;
 using namespace pdn::int8_conv2d;
@@ -226,21 +226,6 @@ const Case kCases[] = {
      {10, 3, 1, 1},
      {.out = DType::float32, .scale = Scale::pixel, .bias = true, .upsample = 2}},
 };
-
-// Memory that begins at a cache line, as a tensor's does, and ends where the tensor ends.
-template <class T>
-struct Aligned {
-    using value_type = T;
-    Aligned() = default;
-    template <class U>
-    Aligned(const Aligned<U>&) {}
-    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})); }
-    void deallocate(T* memory, size_t) { ::operator delete(memory, std::align_val_t{64}); }
-    bool operator==(const Aligned&) const { return true; }
-};
-
-template <class T>
-using Values = std::vector<T, Aligned<T>>;
 
 double value_of(const Values<char>& data, DType dtype, int64_t at) {
     const char* p = data.data();

@@ -17,6 +17,7 @@
 
 #include "../../csrc/norm_quantize/group_norm.inl"
 #include "../../csrc/norm_quantize/layer_norm.inl"
+#include "aligned.h"
 
 using namespace pdn;
 using namespace pdn::norm_quantize;
@@ -65,24 +66,7 @@ const Case kLayerCases[] = {
     {"one channel", DType::float32, Activation::none, 1, 4, 1, 0, 1, true, false, true, 0, 0},
 };
 
-// Where tensors and scratch memory begin in practice.
-template <class T>
-struct Aligned {
-    using value_type = T;
-    Aligned() = default;
-    template <class U>
-    Aligned(const Aligned<U>&) {}
-    T* allocate(size_t count) {
-        return static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64));
-    }
-    void deallocate(T* data, size_t) { std::free(data); }
-    bool operator==(const Aligned&) const { return true; }
-};
-
-template <class T>
-using Vector = std::vector<T, Aligned<T>>;
-
-void fill(Vector<float>& values, int64_t count, float mean, float deviation, std::mt19937& generator) {
+void fill(Values<float>& values, int64_t count, float mean, float deviation, std::mt19937& generator) {
     std::normal_distribution<float> normal(mean, deviation);
     values.resize(static_cast<size_t>(count));
     for (float& value : values) value = normal(generator);
@@ -93,8 +77,8 @@ float widened_bits(uint16_t x, DType dtype) { return dtype == DType::bfloat16 ? 
 
 // Values as the kernel reads them, and the same as floats.
 struct Input {
-    Vector<float> floats;
-    Vector<uint16_t> halves;
+    Values<float> floats;
+    Values<uint16_t> halves;
     int64_t channels = 0, stride = 0;
 
     void build(const Case& c, int64_t rows, int64_t count, std::mt19937& generator) {
@@ -113,9 +97,9 @@ struct Input {
 
 struct Problem {
     Input input, skip;
-    Vector<float> weight, bias, film, channel_scale, out_scale;
-    Vector<int32_t> out_zero_point;
-    Vector<int8_t> codes;
+    Values<float> weight, bias, film, channel_scale, out_scale;
+    Values<int32_t> out_zero_point;
+    Values<int8_t> codes;
     int64_t rows = 0, channels = 0;
 
     void build(const Case& c) {
@@ -203,9 +187,9 @@ double row_error(const Case& c, const Problem& q, int64_t row, const std::vector
 
 void run_group(const GroupNormParams& p, bool backwards) {
     const int64_t chunks = chunks_of(p), partial = group_partial(p);
-    Vector<float> partials(static_cast<size_t>(p.batch * chunks * partial), 1e30f);
-    Vector<float> coefficients(static_cast<size_t>(group_coefficients(p)));
-    Vector<char> scratch(static_cast<size_t>(group_scratch(p)), 0x7f);
+    Values<float> partials(static_cast<size_t>(p.batch * chunks * partial), 1e30f);
+    Values<float> coefficients(static_cast<size_t>(group_coefficients(p)));
+    Values<char> scratch(static_cast<size_t>(group_scratch(p)), 0x7f);
     for (int64_t image = 0; image < p.batch; ++image) {
         float* own = partials.data() + image * chunks * partial;
         const auto order = [&](int64_t i) { return backwards ? chunks - 1 - i : i; };
@@ -237,7 +221,7 @@ double group_error(const Case& c) {
     q.build(c);
     const GroupNormParams p = group_params(c, q);
     run_group(p, false);
-    const Vector<int8_t> first = q.codes;
+    const Values<int8_t> first = q.codes;
     std::fill(q.codes.begin(), q.codes.end(), static_cast<int8_t>(55));
     run_group(p, true);
     if (first != q.codes) return kNaN;  // the result depends on the order
@@ -281,8 +265,8 @@ double layer_error(const Case& c) {
     q.build(c);
     const LayerNormParams p = layer_params(c, q);
     const int64_t films = c.film ? c.batch : 1;
-    Vector<float> coefficients(static_cast<size_t>(films * layer_coefficients(p)), 1e30f);
-    Vector<char> scratch(static_cast<size_t>(layer_scratch(p)), 0x7f);
+    Values<float> coefficients(static_cast<size_t>(films * layer_coefficients(p)), 1e30f);
+    Values<char> scratch(static_cast<size_t>(layer_scratch(p)), 0x7f);
     for (int64_t i = 0; i < films; ++i) layer_fold(p, i, coefficients.data() + i * layer_coefficients(p));
     layer_rows(p, 0, p.rows, coefficients.data(), scratch.data());
     double worst = 0;
@@ -351,9 +335,9 @@ int time_group(int64_t batch, int64_t channels, int64_t pixels, int repeats) {
             q.build(c);
             const GroupNormParams p = group_params(c, q);
             const int64_t chunks = chunks_of(p), partial = group_partial(p);
-            Vector<float> partials(static_cast<size_t>(batch * chunks * partial));
-            Vector<float> coefficients(static_cast<size_t>(group_coefficients(p)));
-            Vector<char> scratch(static_cast<size_t>(group_scratch(p)));
+            Values<float> partials(static_cast<size_t>(batch * chunks * partial));
+            Values<float> coefficients(static_cast<size_t>(group_coefficients(p)));
+            Values<char> scratch(static_cast<size_t>(group_scratch(p)));
             const double elements = static_cast<double>(batch * pixels * channels);
             const double in = elements * (dtype == DType::float32 ? 4 : 2);
             std::printf("%s, %s\n", dtype == DType::float32 ? "float32" : "bfloat16",
@@ -367,7 +351,7 @@ int time_group(int64_t batch, int64_t channels, int64_t pixels, int repeats) {
                     group_statistics(p, image, chunk, partials.data() + (image * chunks + chunk) * partial);
                 });
             });
-            const Vector<float> kept = partials;
+            const Values<float> kept = partials;
             measure("fold", repeats, 0, elements, [&] {
                 for (int64_t image = 0; image < batch; ++image)
                     group_fold(p, image, partials.data() + image * chunks * partial, coefficients.data());
@@ -389,8 +373,8 @@ int time_layer(int64_t rows, int64_t channels, int repeats) {
             Problem q;
             q.build(c);
             const LayerNormParams p = layer_params(c, q);
-            Vector<float> coefficients(static_cast<size_t>(layer_coefficients(p)));
-            Vector<char> scratch(static_cast<size_t>(layer_scratch(p)));
+            Values<float> coefficients(static_cast<size_t>(layer_coefficients(p)));
+            Values<char> scratch(static_cast<size_t>(layer_scratch(p)));
             layer_fold(p, 0, coefficients.data());
             const double elements = static_cast<double>(rows * channels);
             std::printf("%s, %s\n", dtype == DType::float32 ? "float32" : "bfloat16",
