@@ -56,7 +56,8 @@ def block_sparse_attention(
     Returns:
         [B, H, Lq, D] in ``query``'s dtype and, where dense, its memory order; with ``return_lse`` also float32
         [B, H, Lq], the natural logarithm. Queries without any key to attend to give 0 and -inf. A NaN stays with the
-        queries that read it (int8 codes share scales and means: there it spreads over its block and head). Differentiable in query, key and value, through the log-sum-exp too.
+        queries that read it (int8 codes share scales and means: there it spreads over its block and head).
+        Differentiable in query, key and value, through the log-sum-exp too.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it.
