@@ -12,6 +12,7 @@ from pydenoise.ops import (
     norm_quantize,
     quantize,
     registry,
+    token_confidence,
     weighted_conv,
 )
 
@@ -57,6 +58,7 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "attention": (attention.OP, attention.prepare),
     "block_importance": (block_importance.OP, block_importance.prepare),
     "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
+    "token_confidence": (token_confidence.OP, token_confidence.prepare),
 }
 
 

@@ -135,7 +135,8 @@ def test_samplers_do_not_know_the_modules():
 
 def test_every_op_has_the_same_stem_in_every_layer():
     ops = {path.stem for path in (PACKAGE / "ops").glob("*.py") if not path.stem.startswith("_")} - {"registry"}
-    references = {path.stem for path in (PACKAGE / "reference").glob("*.py")} - {"__init__", "activations"}
+    references = {path.stem for path in (PACKAGE / "reference").glob("*.py") if not path.stem.startswith("_")}
+    references -= {"activations"}
     folders = {path.name for path in CSRC.iterdir() if path.is_dir()} - {"core", "bindings"}
     kernels = {path.stem for path in KERNEL_FILES if not path.stem.startswith("_")}
     assert references == ops, "an op has a reference of its own name"
