@@ -43,6 +43,7 @@ PER_ISA_SOURCES = {
     "csrc/norm_quantize/cpu.cpp": FLOAT_LEVELS,
     "csrc/int8_conv2d/cpu.cpp": INT8_LEVELS,
     "csrc/attention/cpu.cpp": FLOAT_LEVELS,
+    "csrc/block_importance/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
@@ -56,11 +57,13 @@ SOURCES = [
     "csrc/norm_quantize/dispatch.cpp",
     "csrc/int8_conv2d/dispatch.cpp",
     "csrc/attention/dispatch.cpp",
+    "csrc/block_importance/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
     "csrc/bindings/int8_conv2d.cpp",
     "csrc/bindings/attention.cpp",
+    "csrc/bindings/block_importance.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
