@@ -17,7 +17,7 @@ from torch import Tensor
 MOST_CANDIDATES = 6
 MOST_WASTE = 1.4  # of the work spent on padding, relative to the tile that wastes least
 _MOST_IN_INTERPRETER = {
-    "BLOCK_M": 1024, "BLOCK_O": 128, "BLOCK_K": 256, "BLOCK_C": 128, "BLOCK_R": 512, "BLOCK_P": 512,
+    "BLOCK_M": 1024, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_K": 256, "BLOCK_C": 128, "BLOCK_R": 512, "BLOCK_P": 512,
 }  # fmt: skip
 
 
@@ -75,7 +75,7 @@ class Kernel:
 
     ``extents`` gives the problem's extent along each block axis, from the arguments. ``keys`` are the arguments that a
     timed choice depends on; without any, the default is taken. ``matrix``: the work is matrix products. ``whole`` names
-    a block axis that must cover its extent where the argument WHOLE is true.
+    a block axis that must cover its extent, unless the argument WHOLE is false.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Kernel:
 
         capability = _capability(_device(arguments))
         able = [v for v in self.variants if v.least <= capability]
-        if self.whole and arguments["WHOLE"]:
+        if self.whole and arguments.get("WHOLE", True):
             able = [v for v in able if dict(v.meta)[self.whole] >= extents[self.whole]]
         least = min(map(padded, able))
         return [v for v in able if padded(v) <= MOST_WASTE * least][:MOST_CANDIDATES]
@@ -160,3 +160,11 @@ class Launch:
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def exact_float32() -> bool:
+    """Whether float32 products must keep all bits, by the settings of torch."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # torch refuses the question once its newer per-backend settings were used: those decide
+        return torch.backends.cuda.matmul.fp32_precision != "tf32"
