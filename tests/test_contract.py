@@ -150,7 +150,9 @@ INT8_OPS = {  # tests/test_contract_int8.py
     "quantize", "quantize_dynamic", "dequantize", "group_norm_quantize", "layer_norm_quantize", "int8_conv2d",
     "int8_linear",
 }  # fmt: skip
-ATTENTION_OPS = {"attention"}  # tests/test_contract_attention.py
+ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_sparse.py
+    "attention", "block_sparse_attention", "block_sparse_attention_backward", "block_importance",
+}  # fmt: skip
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")

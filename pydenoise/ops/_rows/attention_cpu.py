@@ -2,16 +2,12 @@
 
 import torch
 
-from pydenoise.ops._rows.quantize_cpu import unsupported_floats
+from pydenoise.ops._rows._cpu import unsupported_floats
 from pydenoise.ops.registry import Backend
-
-
-def _unsupported(query, *args):
-    return unsupported_floats(query)
 
 
 def _attention(query, key, value, num_heads, scale, mask):
     return torch.ops.pydenoise.attention_cpu.default(query, key, value, num_heads, scale, mask)
 
 
-ROWS = (Backend("attention", "cpu", 100, _unsupported, _attention, "bench/notes-attention.md"),)
+ROWS = (Backend("attention", "cpu", 100, unsupported_floats, _attention, "bench/notes-attention.md"),)

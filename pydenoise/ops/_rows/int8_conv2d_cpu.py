@@ -2,30 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from pydenoise import _native
+from pydenoise.ops._rows import _cpu
 from pydenoise.ops.registry import Backend
 from pydenoise.reference.activations import NUMBERS
 
 
-@cache
-def _unavailable() -> str | None:
-    """Why the compiled library cannot be used, or ``None``."""
-    library = _native.extension()
-    return library.module.isa_environment_error() if library.loaded else library.reason
-
-
 def unsupported(input: Tensor, *args: object) -> str | None:
     """Why the kernels cannot read ``input``, or ``None``."""
-    if not input.is_cpu:
-        return f"tensors are on {input.device.type}, not on the cpu"
-    if input.layout != torch.strided:
-        return f"layout {input.layout} is not strided"
-    return _unavailable()
+    return _cpu.unsupported(input)
 
 
 def _run(input, weight, input_scale, weight_scale, input_zero_point, bias, stride, padding, dilation, groups,

@@ -2,7 +2,7 @@
 
 import torch
 
-from pydenoise.ops._rows.quantize_cpu import unsupported_floats
+from pydenoise.ops._rows._cpu import unsupported_floats
 from pydenoise.ops.registry import Backend
 from pydenoise.reference.activations import NUMBERS
 
@@ -23,10 +23,6 @@ def _group_norm(
     return (codes, out_scale, out_zero_point) if scale is None else (codes, None, None)
 
 
-def _unsupported_layer_norm(input, *args):
-    return unsupported_floats(input)
-
-
 def _layer_norm(input, weight, bias, eps, film, channel_scale, scale, zero_point):
     shape = input.shape
     if len(shape) > 3:  # the kernels know images [N, C, H, W] and tokens [N, T, C]
@@ -43,5 +39,5 @@ def _layer_norm(input, weight, bias, eps, film, channel_scale, scale, zero_point
 
 ROWS = (
     Backend("group_norm_quantize", "cpu", 100, _unsupported_group_norm, _group_norm, _MEASURED),
-    Backend("layer_norm_quantize", "cpu", 100, _unsupported_layer_norm, _layer_norm, _MEASURED),
+    Backend("layer_norm_quantize", "cpu", 100, unsupported_floats, _layer_norm, _MEASURED),
 )

@@ -1,38 +1,13 @@
 """CPU rows of quantize, quantize_dynamic and dequantize: the C++ kernels of ``pydenoise._C``."""
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from pydenoise import _native
+from pydenoise.ops._rows._cpu import unsupported, unsupported_floats
 from pydenoise.ops.registry import Backend
 from pydenoise.reference.activations import NUMBERS
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MEASURED = "bench/notes-int8-norm.md, the only compiled CPU backend"
-
-
-@cache
-def _unavailable() -> str | None:
-    """Why the compiled library cannot be used, or ``None``."""
-    library = _native.extension()
-    return library.module.isa_environment_error() if library.loaded else library.reason
-
-
-def unsupported_floats(tensor: Tensor) -> str | None:
-    """Why the kernels cannot read ``tensor``, or ``None``."""
-    if tensor.dtype not in DTYPES:
-        return f"dtype {tensor.dtype} is not float32, bfloat16 or float16"
-    return _unsupported_layout(tensor)
-
-
-def _unsupported_layout(tensor: Tensor) -> str | None:
-    if not tensor.is_cpu:
-        return f"tensors are on {tensor.device.type}, not on the cpu"
-    if tensor.layout != torch.strided:
-        return f"layout {tensor.layout} is not strided"
-    return _unavailable()
 
 
 def _image_tokens(input: Tensor) -> Tensor:
@@ -73,10 +48,6 @@ def _dynamic(input, granularity, activation, channel_scale, symmetric):
     return _image(codes, input.shape), scale.view(shape), zero_point.view(shape)
 
 
-def _unsupported_dynamic(input, *args):
-    return unsupported_floats(input)
-
-
 def _dequantize(input, scale, zero_point, dtype):
     run = torch.ops.pydenoise.dequantize_cpu.default
     if not _is_per_token(input, scale):
@@ -86,11 +57,11 @@ def _dequantize(input, scale, zero_point, dtype):
 
 
 def _unsupported_dequantize(input, *args):
-    return _unsupported_layout(input)
+    return unsupported(input)
 
 
 ROWS = (
     Backend("quantize", "cpu", 100, _unsupported_quantize, _quantize, _MEASURED),
-    Backend("quantize_dynamic", "cpu", 100, _unsupported_dynamic, _dynamic, _MEASURED),
+    Backend("quantize_dynamic", "cpu", 100, unsupported_floats, _dynamic, _MEASURED),
     Backend("dequantize", "cpu", 100, _unsupported_dequantize, _dequantize, _MEASURED),
 )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pydenoise import _native
+from pydenoise.ops._rows import _cpu
 from pydenoise.ops.registry import Backend
 from pydenoise.reference.activations import NUMBERS
 
@@ -40,30 +41,11 @@ def _register_fakes() -> None:
         return output(input, out_channels, geometry)
 
 
-@cache
-def _unavailable() -> str | None:
-    """Why the compiled library cannot be used, or ``None``."""
-    library = _native.extension()
-    if not library.loaded:
-        return library.reason
-    error = library.module.isa_environment_error()
-    if error is None:
+def _unsupported(input: Tensor, *args: object) -> str | None:
+    reason = _cpu.unsupported(input, _DTYPES)
+    if reason is None:
         _register_fakes()
-    return error
-
-
-def _unsupported_tensors(tensor: Tensor) -> str | None:
-    if not tensor.is_cpu:
-        return f"tensors are on {tensor.device.type}, not on the cpu"
-    if tensor.dtype not in _DTYPES:
-        return f"dtype {tensor.dtype} is not float32 or bfloat16"
-    if tensor.layout != torch.strided:
-        return f"layout {tensor.layout} is not strided"
-    return _unavailable()
-
-
-def _unsupported(input, *args) -> str | None:
-    return _unsupported_tensors(input)
+    return reason
 
 
 def _geometry(stride, padding, dilation, kernel) -> list[int]:
@@ -152,7 +134,7 @@ def pack(
 
     ``algorithm`` is "auto" (Winograd allowed) or "direct". Arguments are those that ``weighted_conv.prepare`` returns.
     """
-    if _unsupported_tensors(weight) is not None:
+    if _unsupported(weight) is not None:
         return None
     kernel = tuple(weight.shape[2:])
     geometry = _geometry(stride, [0] * (2 * len(kernel)), dilation, kernel)
