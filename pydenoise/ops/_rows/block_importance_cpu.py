@@ -2,12 +2,8 @@
 
 import torch
 
-from pydenoise.ops._rows.quantize_cpu import unsupported_floats
+from pydenoise.ops._rows._cpu import unsupported_floats
 from pydenoise.ops.registry import Backend
-
-
-def _unsupported(query, *args):
-    return unsupported_floats(query)
 
 
 def _importance(query, key, block_size, first_generated, scale, lse, key_lengths):
@@ -15,5 +11,4 @@ def _importance(query, key, block_size, first_generated, scale, lse, key_lengths
     return run(query, key, block_size, first_generated, scale, lse, key_lengths)
 
 
-ROWS = (Backend("block_importance", "cpu", 100, _unsupported, _importance, "bench/notes-sparse-attention.md"),)
-"""Why 100: the only compiled backend for CPU tensors."""
+ROWS = (Backend("block_importance", "cpu", 100, unsupported_floats, _importance, "bench/notes-sparse-attention.md"),)
