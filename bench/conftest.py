@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc):
     """Give a test that takes ``case`` and ``provider`` the cases and usual providers of its module's ``SUITE``."""
     if {"case", "provider"} <= set(metafunc.fixturenames):
         suite = SUITES[metafunc.module.SUITE]
-        cases = suite.cases(metafunc.config.getoption("--quick"))
+        cases = [case for case in suite.cases(metafunc.config.getoption("--quick")) if not case.optional]
         providers = [provider for provider in suite.providers if provider.default]
         metafunc.parametrize("case", cases, ids=[case.key for case in cases])
         metafunc.parametrize("provider", providers, ids=[provider.name for provider in providers])
@@ -46,7 +46,7 @@ def time_contender(benchmark):
             contender = provider.prepare(case, Setting(torch.get_num_threads()))
         except Skip as reason:
             pytest.skip(str(reason))
-        if contender.sample is not None:
+        if contender.sample is not None or contender.memory is not None:
             pytest.skip("takes its own samples; use `pydenoise bench`")
         benchmark.group = case.key
         benchmark.extra_info.update(case.describe() | {"provider": provider.name, "threads": torch.get_num_threads()})

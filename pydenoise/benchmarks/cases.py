@@ -4,7 +4,7 @@ A bar says how much faster than a baseline a case is meant to be. Reports show w
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from pydenoise.benchmarks.peaks import Peaks
 from pydenoise.ops._arguments import int_tuple
@@ -21,7 +21,7 @@ class Bar:
     """What the ``subjects`` (providers of ours) should reach: a speed-up over each of ``against``, or a time.
 
     ``extra_seconds``: at most so much more than the baseline. ``seconds``: at most so long, whatever the others take.
-    ``of_floor``: at least this fraction of the machine's floor.
+    ``of_floor``: at least this fraction of the machine's floor. ``peak_bytes``: at most so much memory.
     """
 
     against: tuple[str, ...] = ()
@@ -29,17 +29,23 @@ class Bar:
     extra_seconds: float | None = None
     seconds: float | None = None
     of_floor: float | None = None
+    peak_bytes: int | None = None
     subjects: tuple[str, ...] = FP32_OURS
 
 
 @dataclass(frozen=True)
 class Case:
-    """What every case has: a name, the group that a table shows together, why it is measured, and its bars."""
+    """What every case has: a name, the group that a table shows together, why it is measured, and its bars.
+
+    ``optional``: runs only when a pattern names it. ``rounds``: at most so many, where a sample takes seconds.
+    """
 
     name: str
     group: str
     why: str
     bars: tuple[Bar, ...] = ()
+    optional: bool = field(default=False, kw_only=True)
+    rounds: int | None = field(default=None, kw_only=True)
 
     @property
     def key(self) -> str:

@@ -31,11 +31,14 @@ class Contender:
 
     ``outputs`` makes a fresh call and returns its results by name, in torch's NCHW shapes, for the check against the
     float64 reference. ``sample``, if given, takes a time sample itself (in seconds) and is used in place of ``run``.
+    ``memory`` is for a provider that is measured in bytes and not in time: it returns "peak_bytes" and what else there
+    is to say about the measurement.
     """
 
     run: Callable[[], object] = lambda: None
     outputs: Callable[[], dict[str, Tensor]] | None = None
     sample: Callable[[], float] | None = None
+    memory: Callable[[], dict] | None = None
     note: str = ""
 
 

@@ -29,6 +29,11 @@ def seconds_text(seconds: float) -> str:
     raise AssertionError("unreachable")
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes in MiB."""
+    return f"{count / 2**20:.0f} MiB"
+
+
 def print_tables(result: dict, console: Console | None = None) -> None:
     """One table per group: a row for each case and provider of ours, a column for each provider it is compared with."""
     console = console or Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
@@ -38,9 +43,13 @@ def print_tables(result: dict, console: Console | None = None) -> None:
         groups.setdefault(record["group"], []).append(record)
     ranges = console.width >= RANGES_FROM_WIDTH
     for group, records in groups.items():
-        console.print(_group_table(result, group, records, ranges))
+        if any("memory" in state for record in records for state in record["providers"].values()):
+            console.print(_memory_table(result, group, records))
+        else:
+            console.print(_group_table(result, group, records, ranges))
     if "int8" in {provider["precision"] for provider in result["providers"].values()}:
-        console.print(_peers_table(result))
+        for groups in _groups_with_the_same_providers(result):
+            console.print(_peers_table(result, groups))
     console.print(CAPTION, style="dim", highlight=False)
     _print_noise(result, console)
     _print_troubles(result, console)
@@ -86,19 +95,48 @@ def _group_table(result: dict, group: str, records: list[dict], ranges: bool) ->
     return table
 
 
-def _peers_table(result: dict) -> Table:
+def _memory_table(result: dict, group: str, records: list[dict]) -> Table:
+    table = Table(title=group, title_justify="left")
+    for heading in ("case", "provider", "peak", "time", "bars"):
+        table.add_column(heading, justify="right" if heading in ("peak", "time") else "left", no_wrap=True)
+    for record in records:
+        for name, state in record["providers"].items():
+            if "memory" in state:
+                peak, seconds = (state["memory"][key] for key in ("peak_bytes", "seconds"))
+                texts = (result["providers"][name]["label"], bytes_text(peak), seconds_text(seconds))
+                table.add_row(record["name"], *texts, _bars_text(result, record, name))
+    return table
+
+
+def _groups_with_the_same_providers(result: dict) -> list[list[str]]:
+    """Groups whose records name the same timed providers, so that a table of all of them has no empty columns."""
+    timed: dict[str, set[str]] = {}
+    for record in result["cases"]:
+        names = {name for name, state in record["providers"].items() if "timing" in state}
+        timed.setdefault(record["group"], set()).update(names)
+    shared: dict[frozenset[str], list[str]] = {}
+    for group, names in timed.items():
+        if names:
+            shared.setdefault(frozenset(names), []).append(group)
+    return list(shared.values())
+
+
+def _peers_table(result: dict, groups: list[str]) -> Table:
     """Every provider's own time and accuracy: coarser numbers are no fair price for speed.
 
     With one thread the time is the processor's: it stays meaningful on a machine that others use too.
     """
     providers, kind = result["providers"], "cpu_min_s" if result["machine"]["threads"] == 1 else "min_s"
-    names = [n for n in providers if any("timing" in record["providers"].get(n, {}) for record in result["cases"])]
+    records = [record for record in result["cases"] if record["group"] in groups]
+    names = [n for n in providers if any("timing" in record["providers"].get(n, {}) for record in records)]
     time = "processor time" if kind == "cpu_min_s" else "time"
-    table = Table(title=f"all: best {time}, signal-to-noise ratio of the result in dB", title_justify="left")
+    table = Table(
+        title=f"{', '.join(groups)}: best {time}, signal-to-noise ratio of the result in dB", title_justify="left"
+    )
     table.add_column("case", no_wrap=True)
     for name in names:
         table.add_column(providers[name]["label"], justify="right")
-    for record in result["cases"]:
+    for record in records:
         table.add_row(record["key"], *(_peer_text(record["providers"].get(name, {}), kind) for name in names))
     return table
 
@@ -160,6 +198,8 @@ def _bars_text(result: dict, record: dict, name: str) -> Text:
 def _target_text(kind: str, target: float) -> str:
     if kind == "of floor":
         return f"≥{target:.0%} of floor"
+    if kind == "peak bytes":
+        return f"≤{bytes_text(target)}"
     return f"≥{target:.2f}×" if kind == "speedup" else f"≤{seconds_text(target)}"
 
 

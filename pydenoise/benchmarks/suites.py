@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from pydenoise.benchmarks import convolution, int8_layers, networks, unet
+from pydenoise.benchmarks import attention, convolution, int8_layers, networks, unet
+from pydenoise.benchmarks.attention_cases import attention_cases
 from pydenoise.benchmarks.cases import Bar, Case, network_cases, weighted_conv_cases
 from pydenoise.benchmarks.int8_cases import int8_cases
 from pydenoise.benchmarks.machine import describe_machine
@@ -39,6 +40,7 @@ SUITES: dict[str, Suite] = {
     "networks": Suite("networks", network_cases, networks.PROVIDERS, networks.expected_results),
     "int8-layers": Suite("int8-layers", int8_cases, int8_layers.PROVIDERS, int8_layers.expected_results),
     "unet": Suite("unet", unet_cases, unet.PROVIDERS, unet.expected_results, unet.BOUNDS),
+    "attention": Suite("attention", attention_cases, attention.PROVIDERS, attention.expected_results, attention.BOUNDS),
 }
 
 
@@ -70,7 +72,7 @@ def select_cases(suite: Suite, options: Options) -> list[Case]:
     every = suite.cases(options.quick)
     pattern = options.cases
     if pattern is None:
-        return every
+        return [case for case in every if not case.optional]
     chosen = [case for case in every if fnmatch.fnmatch(case.key, pattern) or fnmatch.fnmatch(case.group, pattern)]
     if not chosen:
         groups = ", ".join(dict.fromkeys(case.group for case in every))
@@ -128,15 +130,17 @@ def run_case(suite: Suite, case: Case, providers: Sequence[Provider], setting: S
             if contender.outputs is not None:
                 expected = suite.expected(case, setting) if expected is None else expected
                 state |= check_results(contender.outputs(), expected, suite.bounds[provider.precision])
+            if contender.memory is not None:
+                state["memory"] = contender.memory()
         except Skip as reason:
             state = {"status": "skipped", "reason": str(reason)}
         except Exception as error:  # a broken provider must not end the run; the table and the JSON show what it said
             state = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
         states[provider.name] = state
-        if state["status"] == "ok":
+        if state["status"] == "ok" and "memory" not in state:
             contenders[provider.name] = contender
     twin = next((p.name for p in providers if p.ours and p.name in contenders), next(iter(contenders), None))
-    timings = _time(contenders, twin, setting, options)
+    timings = _time(contenders, twin, setting, options, case.rounds)
     for name, state in states.items():
         if name in timings:
             state["timing"] = timings[name].statistics()
@@ -147,6 +151,7 @@ def run_case(suite: Suite, case: Case, providers: Sequence[Provider], setting: S
         record["comparisons"][subject] = {other: _compare(timings[subject], timings[other]) for other in others}
     record["control"] = None if twin is None else _control(twin, timings)
     record["bars"] = [verdict for bar in case.bars for verdict in judge(bar, subjects, timings)]
+    record["bars"] += [verdict for bar in case.bars for verdict in judge_memory(bar, states)]
     return record
 
 
@@ -176,7 +181,9 @@ def check_results(outputs: dict, expected: dict, bound: float) -> dict:
     return state
 
 
-def _time(contenders: dict[str, Contender], twin: str | None, setting: Setting, options: Options) -> dict[str, Timing]:
+def _time(
+    contenders: dict[str, Contender], twin: str | None, setting: Setting, options: Options, rounds: int | None
+) -> dict[str, Timing]:
     """Interleaved timings, in which ``twin`` takes part twice: what differs between the two is noise."""
     calls = {name: contender.run for name, contender in contenders.items()}
     samplers = {name: contender.sample for name, contender in contenders.items() if contender.sample}
@@ -187,7 +194,7 @@ def _time(contenders: dict[str, Contender], twin: str | None, setting: Setting, 
     synchronize = torch.cuda.synchronize if setting.device == "cuda" else None
     return interleave(
         calls,
-        rounds=options.repeats,
+        rounds=options.repeats if rounds is None else min(rounds, options.repeats),
         budget_seconds=options.budget_seconds,
         samplers=samplers,
         synchronize=synchronize,
@@ -236,6 +243,18 @@ def judge_floor(bar: Bar, states: dict[str, dict]) -> list[dict]:
             best = state["best_floor_fraction"]
             verdict = _decide(state["floor_fraction"] >= bar.of_floor, best < bar.of_floor)
             verdicts.append(_verdict(subject, None, "of floor", bar.of_floor, state["floor_fraction"], verdict))
+    return verdicts
+
+
+def judge_memory(bar: Bar, states: dict[str, dict]) -> list[dict]:
+    """Verdicts on a peak of memory."""
+    verdicts = []
+    for subject in bar.subjects if bar.peak_bytes is not None else ():
+        memory = states.get(subject, {}).get("memory")
+        if memory is not None:
+            peak = memory["peak_bytes"]
+            verdict = "met" if peak <= bar.peak_bytes else "missed"
+            verdicts.append(_verdict(subject, None, "peak bytes", bar.peak_bytes, peak, verdict))
     return verdicts
 
 
