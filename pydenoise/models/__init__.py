@@ -3,8 +3,20 @@
 from pydenoise.models.cunet import CUNet
 from pydenoise.models.dncnn import DnCNN
 from pydenoise.models.ffdnet import FFDNet, load_ffdnet
+from pydenoise.models.masked_lm import MaskedLM, load_masked_lm, save_masked_lm
 from pydenoise.models.terrain import TerrainDenoiser
 from pydenoise.models.unet import DiffusionUNet
 from pydenoise.models.weights import WeightsError
 
-__all__ = ["CUNet", "DiffusionUNet", "DnCNN", "FFDNet", "TerrainDenoiser", "WeightsError", "load_ffdnet"]
+__all__ = [
+    "CUNet",
+    "DiffusionUNet",
+    "DnCNN",
+    "FFDNet",
+    "MaskedLM",
+    "TerrainDenoiser",
+    "WeightsError",
+    "load_ffdnet",
+    "load_masked_lm",
+    "save_masked_lm",
+]
