@@ -109,15 +109,6 @@ int64_t scratch_bytes(const ImportanceParams& p) {
     return (l.groups * (kRows * l.query_step + l.columns * kLanes) + reference_floats(l)) * 4;
 }
 
-// 2^x for any x; too large a result is larger than kLimit.
-PDN_INLINE vf exp2_any(vf x) {
-#if defined(__AVX512F__)
-    return exp2_negative(x);
-#else
-    return exp2_negative(select(x > 127.f, splat(127.f), x));
-#endif
-}
-
 // A score less the reference, both logarithms to base 2; `scale` where it is not in the queries.
 template <class Cells>
 PDN_INLINE vf relative(vf product, float scale, float reference) {
