@@ -9,12 +9,25 @@ from types import ModuleType
 
 __version__ = "0.1.0"
 
-_MODULES = ("functional", "nn", "quantization", "testing", "kernels", "reference", "ops", "models", "imaging")
+_MODULES = (
+    "functional",
+    "nn",
+    "quantization",
+    "testing",
+    "kernels",
+    "reference",
+    "ops",
+    "models",
+    "imaging",
+    "samplers",
+)
 _NAMES = {
     "accelerate": "pydenoise.accelerate",
     "AccelerationReport": "pydenoise.accelerate",
+    "attach_sparsed": "pydenoise.surgery.sparsed",
     "BlockMask": "pydenoise.block_mask",
     "density": "pydenoise.densities",
+    "detach_sparsed": "pydenoise.surgery.sparsed",
     "explain": "pydenoise.explain",
     "load_quantized": "pydenoise.surgery.checkpoint",
     "save_quantized": "pydenoise.surgery.checkpoint",
