@@ -1,4 +1,4 @@
-"""Drop-in modules: the constructors and state_dicts of their torch.nn twins, and the int8 layers and blocks."""
+"""Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
 
 from pydenoise.nn._plans import Request
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
@@ -10,6 +10,9 @@ from pydenoise.nn.int8_resnet import Int8ResnetBlock
 from pydenoise.nn.int8_sampling import Int8Downsample2D, Int8Upsample2D
 from pydenoise.nn.int8_transformer import Int8Transformer2D, Int8TransformerBlock
 from pydenoise.nn.resnet_spec import ResnetSpec
+from pydenoise.nn.sparsed_attention import SparseDAttention
+from pydenoise.nn.sparsed_report import SparsityReport
+from pydenoise.nn.sparsed_schedule import SparseDSchedule
 from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
@@ -29,6 +32,9 @@ __all__ = [
     "Int8Upsample2D",
     "Request",
     "ResnetSpec",
+    "SparseDAttention",
+    "SparseDSchedule",
+    "SparsityReport",
     "TimestepScales",
     "WeightedConv1d",
     "WeightedConv2d",
