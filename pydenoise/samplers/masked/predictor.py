@@ -73,6 +73,7 @@ class Predictor:
             raise TypeError(f"sparsity: expected an object with begin_step(), got {type(sparsity).__name__}")
         self.model, self.mask_token_id, self.cfg_scale, self.sparsity = model, mask_token_id, cfg_scale, sparsity
         self.calls = 0
+        _check_readable(model, mask_token_id)
         self._padding = _padding_argument(model)
         self._head = _find_head(model) if lm_head == "auto" else lm_head
         if self._head is not None and not isinstance(self._head, nn.Module):
@@ -141,6 +142,17 @@ class Predictor:
     def forbidden(self, vocabulary: int, *others: int) -> tuple[int, ...]:
         """The mask, if it can be predicted, and ``others``."""
         return (*((self.mask_token_id,) if self.mask_token_id < vocabulary else ()), *others)
+
+
+def _check_readable(model: Callable, mask_token_id: int) -> None:
+    """The mask has an embedding, if the model shows them: on a GPU a missing one would be no clean error."""
+    try:
+        embeddings = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return
+    count = getattr(embeddings, "num_embeddings", None)
+    if isinstance(count, int) and mask_token_id >= count:
+        raise ValueError(f"mask_token_id: {mask_token_id} is outside the vocabulary: the model embeds {count} tokens")
 
 
 def _padding_argument(model: Callable) -> str | None:

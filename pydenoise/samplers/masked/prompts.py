@@ -55,10 +55,12 @@ def _rows_of(tokens: Tensor, attention_mask: Tensor | None) -> list[Tensor]:
         raise ValueError(
             f"attention_mask: expected the shape of input_ids {tuple(tokens.shape)}, got {tuple(attention_mask.shape)}"
         )
-    tokens = tokens.to(torch.int64).reshape(-1, tokens.shape[-1])
+    if tokens.dim() == 1:
+        tokens, attention_mask = tokens[None], None if attention_mask is None else attention_mask[None]
+    tokens = tokens.to(torch.int64)
     if attention_mask is None:
         return list(tokens)
-    keep = attention_mask.to(tokens.device).reshape(tokens.shape) != 0
+    keep = attention_mask.to(tokens.device) != 0
     prompts = []
     for b, (row, kept) in enumerate(zip(tokens, keep.tolist(), strict=True)):
         count = sum(kept)

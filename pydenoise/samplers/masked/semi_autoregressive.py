@@ -294,7 +294,7 @@ def generate(
         model, mask_id, gen_length=gen_length, block_length=block_length, steps=steps, temperature=temperature,
         cfg_scale=cfg_scale, remasking=remasking, eos_token_id=eos_token_id, eot_token_id=eot_token_id,
         logits_eos_inf=logits_eos_inf, confidence_eos_eot_inf="repo" if confidence_eos_eot_inf else False,
-        sparsity=sparsity, lm_head=lm_head, backend=backend,
+        pad_token_id=0, sparsity=sparsity, lm_head=lm_head, backend=backend,
     )  # fmt: skip
     if not isinstance(prompt, Tensor) or prompt.dim() != 2:
         raise TypeError("prompt: expected a tensor [B, P]")

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -47,8 +46,3 @@ class TinyModel(nn.Module):
         if self.eos_slope and logits.shape[:2] == input_ids.shape:
             logits[..., EOS] += self.eos_slope * torch.arange(input_ids.shape[1])
         return SimpleNamespace(logits=logits)
-
-
-@pytest.fixture
-def tiny_model():
-    return TinyModel
