@@ -40,9 +40,9 @@ class SparseDSchedule:
             raise ValueError(f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}, got {self.kind!r}")
 
     def dense_steps(self, num_steps: int) -> int:
-        """How many of ``num_steps`` steps are full."""
-        full = int(num_steps * self.skip)
-        return min(full + 2 if self.kind == "code" else full, num_steps)
+        """How many of ``num_steps`` steps are full; a single step is, because no other would use its pattern."""
+        full = int(num_steps * self.skip) + (2 if self.kind == "code" else num_steps == 1)
+        return min(full, num_steps)
 
     def phase(self, step: int, num_steps: int) -> Phase:
         """What is done at ``step`` (from 0) of ``num_steps``; a pattern that no later step uses is not computed."""
