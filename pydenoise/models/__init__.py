@@ -4,6 +4,7 @@ from pydenoise.models.cunet import CUNet
 from pydenoise.models.dncnn import DnCNN
 from pydenoise.models.ffdnet import FFDNet, load_ffdnet
 from pydenoise.models.masked_lm import MaskedLM, load_masked_lm, save_masked_lm
+from pydenoise.models.minilm import MiniLM
 from pydenoise.models.terrain import TerrainDenoiser
 from pydenoise.models.unet import DiffusionUNet
 from pydenoise.models.weights import WeightsError
@@ -14,6 +15,7 @@ __all__ = [
     "DnCNN",
     "FFDNet",
     "MaskedLM",
+    "MiniLM",
     "TerrainDenoiser",
     "WeightsError",
     "load_ffdnet",

@@ -1,8 +1,9 @@
 """A masked-diffusion language model: a transformer that sees the whole text and fills in what is masked.
 
 Sources: Sahoo et al., "Simple and Effective Masked Diffusion Language Models", NeurIPS 2024; Nie et al.,
-"Large Language Diffusion Models", 2025 (LLaDA): a bidirectional transformer without a time input, trained on the likelihood bound of
-:func:`masked_nll`. Layers: root-mean-square norms, also of queries and keys; rotary positions; SwiGLU.
+"Large Language Diffusion Models", 2025: a bidirectional transformer without a time input, trained on the
+likelihood bound of :func:`masked_nll`. Layers: root-mean-square norms, also of queries and keys; rotary positions;
+SwiGLU.
 """
 
 import json
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pydenoise.models.bpe import BPE
 from pydenoise.models.weights import WeightsError
 
 FORMAT = "pydenoise masked language model 1"
@@ -215,26 +217,54 @@ def masked_nll(
 # ----------------------------------------------------------------------------------------------------------- weights
 
 
-def save_masked_lm(model: MaskedLM, path: str | Path, *, notes: Mapping[str, object] = {}, dtype=None) -> None:  # noqa: B006
-    """Write the model to one safetensors file, its sizes (JSON) in the metadata, with ``notes`` beside them.
+def save_masked_lm(
+    model: MaskedLM,
+    tokenizer: BPE,
+    path: str | Path,
+    *,
+    notes: Mapping[str, object] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write the model and its tokenizer to one safetensors file; all but the weights is JSON in its metadata.
 
-    ``notes``: anything that JSON can hold: where the weights come from. ``dtype``: that of the numbers in the file,
-    default the model's own.
+    ``notes``: anything that JSON can hold, such as where the weights come from. ``dtype``: that of the numbers in the
+    file.
     """
-    state = {
-        name: value.detach().to(dtype=dtype, device="cpu").contiguous() for name, value in model.state_dict().items()
-    }
-    metadata = {"format": FORMAT, "config": json.dumps(model.config)}
-    metadata |= {str(name): json.dumps(value) for name, value in notes.items()}
-    save_file(state, str(path), metadata)
+    if tokenizer.vocabulary != model.vocabulary:
+        raise ValueError(f"tokenizer: expected the model's {model.vocabulary} tokens, got {tokenizer.vocabulary}")
+    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
+    metadata = {"config": model.config, "merges": tokenizer.merges, "notes": dict(notes or {})}
+    save_file(state, str(path), {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()})
 
 
-def load_masked_lm(path: str | Path | None = None) -> MaskedLM:
-    """The model of a file of :func:`save_masked_lm`, in float32 and eval mode; ``None``: the one that is shipped.
+def load_masked_lm(path: str | Path | None = None) -> tuple[MaskedLM, BPE]:
+    """The model of a file of :func:`save_masked_lm`, in float32 and eval mode, and its tokenizer.
 
-    That one knows characters (:mod:`pydenoise.models.text`) and was trained on Python's standard library by
-    ``examples/train_masked_lm.py``. Raises :class:`WeightsError` if the file is missing, damaged or of another kind.
+    ``None``: the one that is shipped, trained on Python's standard library by ``examples/train_masked_lm.py``. Raises
+    :class:`WeightsError` if the file is missing, damaged or of another kind.
     """
+    state, metadata = _read(path)
+    name = SHIPPED if path is None else path
+    if not all(value.isfinite().all() for value in state.values()):
+        raise WeightsError(f"{name}: holds values that are not finite")
+    try:
+        model, tokenizer = MaskedLM(**metadata["config"]), BPE(metadata["merges"])
+        model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WeightsError(
+            f"{name}: the weights do not fit their sizes: {' '.join(str(error).split())[:300]}"
+        ) from error
+    if tokenizer.vocabulary != model.vocabulary:
+        raise WeightsError(f"{name}: {tokenizer.vocabulary} tokens for a model of {model.vocabulary}")
+    return model.eval(), tokenizer
+
+
+def read_notes(path: str | Path | None = None) -> dict[str, object]:
+    """The notes of a file of :func:`save_masked_lm`; ``None``: of the one that is shipped."""
+    return _read(path)[1].get("notes", {})
+
+
+def _read(path: str | Path | None) -> tuple[dict[str, Tensor], dict]:
     path = SHIPPED if path is None else Path(path)
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file")
@@ -242,24 +272,8 @@ def load_masked_lm(path: str | Path | None = None) -> MaskedLM:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name).float() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
+        if metadata.pop("format", None) != FORMAT:
+            raise WeightsError(f"{path}: the metadata do not say that it is a {FORMAT}")
+        return state, {name: json.loads(value) for name, value in metadata.items()}
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
-    if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path}: expected the format {FORMAT!r}, got {metadata.get('format')!r}")
-    if not all(value.isfinite().all() for value in state.values()):
-        raise WeightsError(f"{path}: holds values that are not finite")
-    try:
-        model = MaskedLM(**json.loads(metadata["config"]))
-        model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            f"{path}: the weights do not fit their sizes: {' '.join(str(error).split())[:300]}"
-        ) from error
-    return model.eval()
-
-
-def read_notes(path: str | Path | None = None) -> dict[str, object]:
-    """What a file of :func:`save_masked_lm` says about itself beside the weights; ``None``: the one that is shipped."""
-    with safe_open(str(SHIPPED if path is None else path), framework="pt") as file:
-        metadata = file.metadata() or {}
-    return {name: json.loads(value) for name, value in metadata.items() if name != "format"}

