@@ -3,6 +3,7 @@
     python bench/gpu.py --build             # build the package here first, then everything
     python bench/gpu.py --only check        # correctness alone
     python bench/gpu.py --only time --minutes 10 --filter depthwise
+    python bench/gpu.py --build --parts attention
 
 Every line is printed, and the JSON under bench/results/ rewritten, as soon as there is something to say: a run that is
 killed leaves what it had found. Exit code: 0, 1 (a check failed), 2 (no usable GPU).
@@ -25,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "float16", "bfloat16")
 DEVICE = "cuda"
+PARTS = ("weighted_conv", "int8", "attention")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +34,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build", action="store_true", help="pip install --no-build-isolation -e . first")
     parser.add_argument("--only", choices=("check", "time"), help="run one section")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, help="default: all")
     parser.add_argument("--minutes", type=float, default=30.0, help="stop starting new work after this long")
     parser.add_argument("--filter", default="", help="only cases whose name contains this text")
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
@@ -491,21 +494,41 @@ def check_int8(run: Run) -> int:
     """The int8 rows on their case tables; returns how many checks failed."""
     import gpu_int8
 
+    return tally(run, "int8", gpu_int8.checks(run.args.filter))
+
+
+def check_attention(run: Run) -> int:
+    """The rows of sparse attention on their case tables; returns how many checks failed."""
+    import gpu_attention
+    import torch
+
+    dtypes = [getattr(torch, name) for name in run.args.dtypes]
+    return tally(run, "attention", gpu_attention.checks(run.args.filter, dtypes=dtypes))
+
+
+def tally(run: Run, part: str, checks: Iterator[tuple[str, str | None]]) -> int:
+    """Count and print (name, what is wrong or ``None``); returns how many checks failed."""
     counts = {"passed": 0, "skipped": 0}
-    failures = []
-    for name, wrong in gpu_int8.checks(run.args.filter):
+    failures, skipped = [], {}
+    for name, wrong in checks:
         if wrong is None:
             counts["passed"] += 1
         elif wrong.startswith("skipped"):
             counts["skipped"] += 1
+            skipped[wrong] = skipped.get(wrong, 0) + 1
         else:
             failures.append({"check": name, "wrong": wrong})
             say(f"FAILED {name}: {wrong}")
+            if "CUDA error" in wrong or "illegal memory" in wrong:
+                say("The CUDA context is lost; run again with --filter to leave this case out.")
+                break
         if run.out_of_time():
-            say("int8 checks: out of time")
+            say(f"{part} checks: out of time")
             break
-    run.result["check_int8"] = {**counts, "failures": failures}
-    say(f"int8: {counts['passed']} passed, {counts['skipped']} skipped, {len(failures)} failed")
+    run.result[f"check_{part}"] = {**counts, "failures": failures, "reasons": skipped}
+    say(f"{part}: {counts['passed']} passed, {counts['skipped']} skipped, {len(failures)} failed")
+    for reason, count in skipped.items():
+        say(f"    {reason} ({count} checks)")
     run.save()
     return len(failures)
 
@@ -534,6 +557,39 @@ def time_int8(run: Run) -> None:
         torch.cuda.empty_cache()
 
 
+def time_attention(run: Run) -> None:
+    """Sequences of 4k to 64k tokens beside dense attention and FlexAttention."""
+    import gpu_attention
+    import torch
+
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    peak = 2 * 8192**3 / interleaved({"matmul": lambda: a @ a}, 10, flush)["matmul"] / 1e9
+    say(f"bfloat16 peak of a large matrix product: {peak:.0f} TFLOP/s")
+    run.result["bf16_peak_TFLOPS"], run.result["time_attention"] = round(peak, 1), []
+    for sequence in gpu_attention.sequences():
+        if run.args.filter not in sequence.name:
+            continue
+        if run.out_of_time():
+            say("attention times: out of time")
+            return
+        try:
+            row = gpu_attention.time_sequence(
+                sequence, lambda calls, rounds: interleaved(calls, rounds, flush),
+                rounds=run.args.rounds, with_compile=not run.args.no_compile, peak=peak,
+            )  # fmt: skip
+        except Exception as error:  # noqa: BLE001  (the other lengths still count)
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            run.result["time_attention"].append({"case": sequence.name, "failed": text})
+            say(f"{sequence.name} failed: {text}")
+            continue
+        run.result["time_attention"].append(row)
+        for line in gpu_attention.describe_row(row):
+            say(line)
+        run.save()
+        torch.cuda.empty_cache()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the sections asked for; returns the exit code."""
     args = parse(argv)
@@ -554,10 +610,12 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, path, {"date": stamp, "command": command, "machine": facts})
     failures = 0
     if args.only != "time":
-        failures = check(run) + check_int8(run)
+        checks = {"weighted_conv": check, "int8": check_int8, "attention": check_attention}
+        failures = sum(checks[part](run) for part in args.parts)
     if args.only != "check":
-        timings(run)
-        time_int8(run)
+        timers = {"weighted_conv": timings, "int8": time_int8, "attention": time_attention}
+        for part in args.parts:
+            timers[part](run)
     run.save()
     say(f"written: {path}")
     return 1 if failures else 0
