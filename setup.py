@@ -44,6 +44,7 @@ PER_ISA_SOURCES = {
     "csrc/int8_conv2d/cpu.cpp": INT8_LEVELS,
     "csrc/attention/cpu.cpp": FLOAT_LEVELS,
     "csrc/block_importance/cpu.cpp": FLOAT_LEVELS,
+    "csrc/block_sparse_attention/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
@@ -58,12 +59,14 @@ SOURCES = [
     "csrc/int8_conv2d/dispatch.cpp",
     "csrc/attention/dispatch.cpp",
     "csrc/block_importance/dispatch.cpp",
+    "csrc/block_sparse_attention/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
     "csrc/bindings/int8_conv2d.cpp",
     "csrc/bindings/attention.cpp",
     "csrc/bindings/block_importance.cpp",
+    "csrc/bindings/block_sparse_attention_backward.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

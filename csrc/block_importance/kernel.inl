@@ -11,6 +11,7 @@
 
 #include "../core/attention/pack.inl"
 #include "../core/attention/softmax.inl"
+#include "../core/attention/types.inl"
 #include "params.h"
 
 namespace pdn {
@@ -24,14 +25,6 @@ constexpr int kLanes = 8;           // kRows queries side by side, then zeros
 constexpr float kLimit = 0x1p30f;   // a larger sum of a tile raises the reference
 constexpr int64_t kPacked = 16384;  // floats of packed keys that stay in the cache while all queries of a block pass by
 
-PDN_INLINE bool uses_pairs([[maybe_unused]] const ImportanceParams& p) {
-#if defined(__AVX512BF16__)
-    return p.dtype == DType::bfloat16;
-#else
-    return false;
-#endif
-}
-
 struct Layout {
     int64_t cells;         // of a token
     int64_t query_step;    // floats between packed queries
@@ -42,7 +35,7 @@ struct Layout {
     int64_t groups;        // of kRows queries in a block
 
     explicit Layout(const ImportanceParams& p) {
-        cells = uses_pairs(p) ? (p.size + 1) / 2 : p.size;
+        cells = uses_pairs(p.dtype) ? (p.size + 1) / 2 : p.size;
         query_step = round_up(cells, kWidth);
         chunk = kPacked / cells / kTileKeys * kTileKeys;
         chunk = chunk < kTileKeys ? kTileKeys : chunk > 1024 ? 1024 : chunk;
@@ -349,24 +342,14 @@ void measure_as(const ImportanceParams& p, int64_t image, int64_t head, int64_t 
 
 // ---------------------------------------------------------------------------------------------------------- dtypes
 
-template <class Body>
-PDN_INLINE void with_types(const ImportanceParams& p, const Body& body) {
-    if (p.dtype == DType::float32) return body.template operator()<Floats, float>();
-    if (p.dtype == DType::float16) return body.template operator()<Floats, fp16>();
-#if defined(__AVX512BF16__)
-    body.template operator()<Bf16Pairs, bf16>();
-#else
-    body.template operator()<Floats, bf16>();
-#endif
-}
-
 void pack(const ImportanceParams& p, int64_t image, int64_t kv_head, int64_t index, void* packed) {
-    with_types(
-        p, [&]<class Cells, class T>() { pack_as<Cells, T>(p, image, kv_head, index, static_cast<float*>(packed)); });
+    with_types(p.dtype, [&]<class Cells, class T>() {
+        pack_as<Cells, T>(p, image, kv_head, index, static_cast<float*>(packed));
+    });
 }
 
 void measure(const ImportanceParams& p, int64_t image, int64_t head, int64_t row, const void* packed, void* scratch) {
-    with_types(p, [&]<class Cells, class T>() {
+    with_types(p.dtype, [&]<class Cells, class T>() {
         measure_as<Cells, T>(p, image, head, row, static_cast<const float*>(packed), scratch);
     });
 }

@@ -36,6 +36,7 @@ OWN_LEVELS = {  # of harnesses whose kernels have bodies of their own for VNNI, 
     "int8_conv2d_harness.cpp": [level for level in LEVELS if level != "avx512bf16"],
     "attention_harness.cpp": [*FLOAT_LEVELS, "avx512bf16"],
     "block_importance_harness.cpp": [*FLOAT_LEVELS, "avx512bf16"],
+    "block_sparse_backward_harness.cpp": [*FLOAT_LEVELS, "avx512bf16"],
 }
 RUNS = [(harness, level) for harness in HARNESSES for level in OWN_LEVELS.get(harness, FLOAT_LEVELS)]
 EMULATED = {"baseline": "Nehalem", "avx2": "Haswell"}
@@ -91,7 +92,9 @@ def test_on_an_older_processor(harness, level, tmp_path):
 
 
 @pytest.mark.parametrize("level", ["baseline", "avx512"])
-@pytest.mark.parametrize("op", ["weighted_conv", "int8_conv2d", "attention", "block_importance"])
+@pytest.mark.parametrize(
+    "op", ["weighted_conv", "int8_conv2d", "attention", "block_importance", "block_sparse_attention"]
+)
 def test_level_objects_share_no_symbols(op, level, tmp_path):
     """A weak symbol in the object of one level could be the copy that all levels get."""
     target = tmp_path / "cpu.o"
