@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pydenoise import functional as PF
-from pydenoise.benchmarks import attention_memory, attention_pattern, attention_peers
+from pydenoise.benchmarks import attention_generation, attention_memory, attention_pattern, attention_peers
 from pydenoise.benchmarks.attention_cases import AttentionBench, MemoryBench, PatternBench
 from pydenoise.benchmarks.attention_inputs import NO_PART, draw, mask_of, of_ours
 from pydenoise.benchmarks.cases import Case
@@ -133,12 +133,14 @@ PROVIDERS = (
     *_in_all_precisions("ours-cuda", "ours cuda", lambda p: _ours("cuda", p), ours=True),
     Provider("ours-cuda-int8", "ours cuda, int8 QK", _ours("cuda", "bf16", qk_dtype="int8"), "int8", ours=True),
     *attention_pattern.OURS,
+    *attention_generation.OURS,
     Provider("ours-memory", "ours cpu", _memory, ours=True),
     *_in_all_precisions("sdpa", "SDPA", lambda p: _sdpa(p, "heads")),
     *_in_all_precisions("sdpa-projection", "SDPA, projection", lambda p: _sdpa(p, "projection")),
     *_in_all_precisions("sdpa-masked", "SDPA, token mask", _sdpa_masked, default=False),
     *_in_all_precisions("flex", "FlexAttention", _flex),
     *attention_pattern.PEERS,
+    *attention_generation.PEERS,
 )  # fmt: skip
 
 

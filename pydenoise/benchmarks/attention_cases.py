@@ -133,6 +133,29 @@ class ConfidenceBench(Case):
 
 
 @dataclass(frozen=True)
+class GenerationBench(Case):
+    """A whole masked-diffusion generation, the second half of the sequence being new, with and without SparseD.
+
+    The model is a :class:`pydenoise.models.masked_lm.MaskedLM` with random weights, 16 steps in 4 blocks.
+    """
+
+    length: int = 1024
+    precision: str = "fp32"
+    width: int = 512
+    layers: int = 2
+    heads: int = 8
+    vocabulary: int = 256
+    steps: int = field(default=16, kw_only=True)
+    block_size: int = field(default=128, kw_only=True)
+    select: float = field(default=0.3, kw_only=True)
+
+    def describe(self) -> dict:
+        model = {"width": self.width, "layers": self.layers, "heads": self.heads, "vocabulary": self.vocabulary}
+        rest = {"steps": self.steps, "select": self.select, "block_size": self.block_size}
+        return super().describe() | {"tokens": self.length, "dtype": self.precision, "model": model} | rest
+
+
+@dataclass(frozen=True)
 class MemoryBench(Case):
     """The peak of a fresh process: ``what`` is "attention" at a density, or "pattern" (the mask of SparseD)."""
 
@@ -258,6 +281,14 @@ def _confidence() -> Iterator[Case]:
             yield ConfidenceBench(f"{rows}×126464", group, why, (), rows, precision=precision)
 
 
+def _generation() -> Iterator[Case]:
+    for precision, lengths in (("fp32", LENGTHS), ("bf16", LENGTHS[-1:])):
+        bars = (Bar(named(("dense-generation",), precision), 1.0, subjects=named(("ours-generation",), precision)),)
+        for length in lengths:
+            why = "16 steps, two layers of width 512; half of the sequence is new"
+            yield GenerationBench(_kilo(length), f"generation {precision}", why, bars, length, precision, rounds=3)
+
+
 def _memory() -> Iterator[Case]:
     for what, length, optional in (
         ("attention", 32768, False),
@@ -287,7 +318,7 @@ def attention_cases(quick: bool = False) -> list[Case]:
     for precision in ("fp32", "bf16"):
         cases += _patterns(precision, LENGTHS, False)
         cases += _patterns(precision, LONG_LENGTHS, True)
-    return [*cases, *_confidence(), *_memory()]
+    return [*cases, *_confidence(), *_generation(), *_memory()]
 
 
 def _quick() -> Iterator[Case]:
@@ -300,6 +331,8 @@ def _quick() -> Iterator[Case]:
     yield AttentionBench("100 0.5", "training fp32", "smoke test", (), 100, "fp32", 0.5, training=True, **small)
     yield PatternBench("100", "pattern fp32", "smoke test", (), 100, "fp32", **small)
     yield ConfidenceBench("3×1000", "confidence bf16", "smoke test", (), 3, 1000, "bf16")
+    model = {"width": 64, "layers": 1, "heads": 2, "vocabulary": 20, "steps": 8, "block_size": 16}
+    yield GenerationBench("64", "generation fp32", "smoke test", (), 64, "fp32", **model, rounds=2)
     tiny = MemoryBench("attention 512", "memory", "smoke test", (), "attention", 512, **small)
     bar = Bar(peak_bytes=tiny.allowed_bytes(), subjects=("ours-memory",))
     yield MemoryBench("attention 512", "memory", "smoke test", (bar,), "attention", 512, **small)

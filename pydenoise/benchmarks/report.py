@@ -124,10 +124,13 @@ def _groups_with_the_same_providers(result: dict) -> list[list[str]]:
 def _peers_table(result: dict, groups: list[str]) -> Table:
     """Every provider's own time and accuracy: coarser numbers are no fair price for speed.
 
-    With one thread the time is the processor's: it stays meaningful on a machine that others use too.
+    With one thread the time is the processor's, where it was taken: it stays meaningful on a machine that others use.
     """
-    providers, kind = result["providers"], "cpu_min_s" if result["machine"]["threads"] == 1 else "min_s"
+    providers = result["providers"]
     records = [record for record in result["cases"] if record["group"] in groups]
+    timings = [state["timing"] for record in records for state in record["providers"].values() if "timing" in state]
+    alone = result["machine"]["threads"] == 1 and all(timing["cpu_min_s"] is not None for timing in timings)
+    kind = "cpu_min_s" if alone else "min_s"
     names = [n for n in providers if any("timing" in record["providers"].get(n, {}) for record in records)]
     time = "processor time" if kind == "cpu_min_s" else "time"
     table = Table(
@@ -142,7 +145,7 @@ def _peers_table(result: dict, groups: list[str]) -> Table:
 
 
 def _peer_text(state: dict, kind: str) -> str:
-    if "timing" not in state or state["timing"][kind] is None:
+    if "timing" not in state:
         return "–"
     ratio = state.get("snr_db")
     return seconds_text(state["timing"][kind]) + ("" if ratio is None else f"\n{ratio:.0f} dB")

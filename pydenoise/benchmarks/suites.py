@@ -140,6 +140,8 @@ def run_case(suite: Suite, case: Case, providers: Sequence[Provider], setting: S
         if state["status"] == "ok" and "memory" not in state:
             contenders[provider.name] = contender
     twin = next((p.name for p in providers if p.ours and p.name in contenders), next(iter(contenders), None))
+    if case.rounds is not None:  # where a sample takes seconds, the noise is not worth another one
+        twin = None
     timings = _time(contenders, twin, setting, options, case.rounds)
     for name, state in states.items():
         if name in timings:

@@ -6,8 +6,23 @@ import pytest
 import torch
 from rich.console import Console
 
-from pydenoise.benchmarks import attention, attention_cases, attention_memory, attention_peers, report, suites
-from pydenoise.benchmarks.attention_cases import AttentionBench, ConfidenceBench, MemoryBench, PatternBench, kept_blocks
+from pydenoise.benchmarks import (
+    attention,
+    attention_cases,
+    attention_generation,
+    attention_memory,
+    attention_peers,
+    report,
+    suites,
+)
+from pydenoise.benchmarks.attention_cases import (
+    AttentionBench,
+    ConfidenceBench,
+    GenerationBench,
+    MemoryBench,
+    PatternBench,
+    kept_blocks,
+)
 from pydenoise.benchmarks.attention_inputs import draw, mask_of
 from pydenoise.benchmarks.cases import Bar
 from pydenoise.benchmarks.peaks import Peaks
@@ -204,6 +219,26 @@ def test_a_peak_is_judged_and_shown():
         console.print(report._memory_table(result, "memory", [record]))
         text = console.export_text()
         assert f"{peaks[name] >> 20} MiB" in text and "2.5 s" in text and "≤300 MiB" in text
+
+
+# ------------------------------------------------------------------------------------------------------- generation
+
+
+def test_a_generation_is_timed_with_and_without_sparsed():
+    record = run_one("generation fp32/64", choose(attention.PROVIDERS, ["ours-generation", "dense-generation"]))
+    states = record["providers"]
+    if states["ours-generation"]["status"] == "skipped":
+        pytest.skip(states["ours-generation"]["reason"])
+    assert {state["status"] for state in states.values()} == {"ok"}, states
+    assert "sparse of 8 steps" in states["ours-generation"]["note"] and record["control"] is None
+    assert set(record["comparisons"]["ours-generation"]) == {"dense-generation"}
+
+
+def test_generation_models_are_the_same_and_predict_something():
+    case = next(c for c in attention_cases.attention_cases(True) if isinstance(c, GenerationBench))
+    tokens = torch.arange(case.length)[None] % case.vocabulary
+    first, second = (attention_generation.build_model(case, Setting(1))(tokens) for _ in range(2))
+    assert torch.equal(first, second) and first.std() > 0.1
 
 
 def test_the_suite_is_a_command():
