@@ -391,6 +391,24 @@ def test_names_of_calls():
     assert [e.layer for e in handle.report().layers] == ["0", "0#2"]
 
 
+@torch.no_grad()
+def test_sdpa_understands_padding():
+    """torch's own layers add their padding mask per head, transformers expands it over the queries."""
+    layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False).eval()
+    beyond = torch.arange(100) >= torch.tensor([[100], [70]])
+    for model, run in (
+        (model, lambda model: call_network(model, src_key_padding_mask=beyond)[~beyond]),
+        (bert(), lambda model: call_text(model, PADDED)),
+    ):
+        expected = run(model)
+        handle = pdn.attach_sparsed(model, block_size=16, kind="sdpa", select=1)
+        for output in generate(handle, run):
+            assert_close(output, expected)
+        kept = handle.pattern(handle.report().layers[0].layer).to_dense()
+        assert kept[0].all() and not kept[1].all()
+
+
 def test_sdpa_keeps_cross_attention_and_what_is_named():
     class Cross(nn.Module):
         def forward(self, x):

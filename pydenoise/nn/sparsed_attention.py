@@ -403,10 +403,12 @@ def _torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | N
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As torch's attention is autocast: every floating-point tensor but float64."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    return tuple(t.to(torch.get_autocast_dtype(device)) if t.is_floating_point() else t for t in tensors)
+    narrow, cast = torch.get_autocast_dtype(device), (torch.float32, torch.bfloat16, torch.float16)
+    return tuple(t.to(narrow) if isinstance(t, Tensor) and t.dtype in cast else t for t in tensors)
 
 
 def _clock(tensor: Tensor) -> float:
