@@ -11,7 +11,6 @@ namespace {
 using cuda::Element;
 
 constexpr float kSmallestScale = 1.17549435e-38f;  // below it, a range is too narrow for a normal scale
-constexpr uint32_t kEveryLane = 0xffffffffu;
 
 PDN_HD float divide(float x, float y) {  // correctly rounded, whatever the compiler's flags
 #if defined(__CUDA_ARCH__)
@@ -176,7 +175,7 @@ struct Range {
     }
 };
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(PDN_EMULATED_CUDA)
 // Over a warp; every lane gets the result.
 __device__ __forceinline__ Range warp_range(Range r) {
 #pragma unroll

@@ -11,6 +11,7 @@
 #include "activation.h"
 
 #define PDN_HD __host__ __device__ __forceinline__
+#define PDN_DEVICE __device__ __forceinline__
 
 namespace pdn {
 namespace {
@@ -21,6 +22,8 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
+
+constexpr uint32_t kEveryLane = 0xffffffffu;
 
 struct alignas(16) Float4 {
     float v[4];

@@ -10,12 +10,13 @@
 // row by its own pixel, and added up in float32.
 #pragma once
 
+#include "../core/cuda_mma.cuh"
 #include "cuda_epilogue.cuh"
 
 namespace pdn {
 namespace {
 
-// ------------------------------------------------------------------------------------------------------- instructions
+// ------------------------------------------------------------------------------------------------------------ padding
 
 // A 16-byte row for every zero point.
 struct PaddingTable {
@@ -30,35 +31,6 @@ __device__ const PaddingTable padding_table{};
 __device__ __forceinline__ const int8_t* padding_row(const Problem& p) {
     const int zero_point = p.zero_point && !p.per_pixel ? *p.zero_point : 0;  // a device value, which nobody checked
     return padding_table.rows[(zero_point < -128 ? -128 : zero_point > 127 ? 127 : zero_point) + 128];
-}
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes from global to shared memory, or 16 zeros.
-__device__ __forceinline__ void copy16(uint32_t to, const void* from, bool exists) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
-}
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void copies_wait() {  // until at most N groups are under way
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-__device__ __forceinline__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
-        "%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ------------------------------------------------------------------------------------------------------------- shapes
