@@ -136,6 +136,14 @@ class MaskedLM(nn.Module):
         logits = self.head(self.norm(x))
         return logits if logits.dtype == torch.float64 else logits.float()
 
+    def get_input_embeddings(self) -> nn.Module:
+        """What reads tokens."""
+        return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The projection to the vocabulary; samplers run it on the positions that they ask for only."""
+        return self.head
+
     def _positions(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         size = self.config["width"] // self.config["heads"]
         exponents = torch.arange(size // 2, device=like.device, dtype=torch.float64) * (2 / size)

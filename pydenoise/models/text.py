@@ -33,8 +33,8 @@ def load_corpus(source: str = "stdlib") -> Corpus:
 
     Args:
         source: "stdlib": Python's own library, its tests left out, 11 MB; "bible": the King James Bible, 4 MB, which
-            Debian's ``bible-kjv`` prints; else the path of a text file (its end is held out), or of a folder of ``.py``,
-            ``.txt`` and ``.md`` files.
+            Debian's ``bible-kjv`` prints; else the path of a text file (its end is held out), or of a folder of
+            ``.py``, ``.txt`` and ``.md`` files.
 
     Raises ValueError if there is no such text here.
     """
