@@ -9,7 +9,7 @@ namespace pdn {
 namespace attention {
 
 extern const KernelSet PDN_JOIN(kernels_, PDN_ISA);
-const KernelSet PDN_JOIN(kernels_, PDN_ISA) = {kWidth, key_block, packed_bytes, scratch_bytes, pack, attend};
+const KernelSet PDN_JOIN(kernels_, PDN_ISA) = {kWidth, scratch_bytes, attend, code_bytes, average_keys, encode_keys};
 
 }  // namespace attention
 }  // namespace pdn

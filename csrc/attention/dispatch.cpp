@@ -1,6 +1,9 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
+#include <numeric>
+#include <vector>
 
 #include "../core/levels.h"
 #include "../core/pool.h"
@@ -9,70 +12,49 @@
 namespace pdn {
 namespace attention {
 
-PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
+PDN_ALL_LEVELS(KernelSet, kernels, kSets)
 
 namespace {
 
-constexpr int64_t kManyHeads = 32;           // enough to keep threads busy with whole heads
 constexpr double kSerialProducts = 200000.;  // below, waking another thread costs more than it saves
 
-int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-struct Call {
-    const KernelSet& set;
-    const AttentionParams& p;
-    int64_t blocks, query_blocks, grain;
-
-    void pack(int64_t head, int64_t block, void* packed) const {
-        set.pack(p, head / p.heads, head % p.heads, block, packed);
-    }
-    void attend(int64_t head, int64_t block, const void* packed, void* scratch) const {
-        const int64_t first = block * kQueryBlock;
-        const int64_t last = first + kQueryBlock < p.query.count ? first + kQueryBlock : p.query.count;
-        set.attend(p, head / p.heads, head % p.heads, first, last, packed, scratch);
-    }
-};
-
-// A thread packs the keys and values of a head and uses them at once, while they are in its cache.
-bool run_heads(const Call& call, int64_t heads, int64_t packed_bytes, int64_t scratch_bytes) {
-    std::atomic<bool> enough{true};
-    parallel_ranges(heads, call.grain == 1 ? 1 : heads, [&](int64_t begin, int64_t end) {
-        char* memory = static_cast<char*>(thread_scratch(packed_bytes + scratch_bytes));
-        if (memory == nullptr) {
-            enough = false;
-            return;
-        }
-        for (int64_t head = begin; head < end; ++head) {
-            for (int64_t block = 0; block < call.blocks; ++block) call.pack(head, block, memory);
-            for (int64_t block = 0; block < call.query_blocks; ++block)
-                call.attend(head, block, memory, memory + packed_bytes);
-        }
-    });
-    return enough;
+// The blocks of queries [image][head][block], those with most keys first: what is left to the end is short, so threads
+// end together. Empty: in their own order.
+std::vector<int32_t> by_work(const AttentionParams& p, int64_t blocks) {
+    const BlockLists& lists = p.lists;
+    const int64_t items = p.batch * p.heads * blocks;
+    if (lists.counts == nullptr || items > INT32_MAX) return {};
+    const auto keys = [&](int64_t item) {
+        const int64_t head = item / blocks;
+        const int64_t list = head / p.heads * lists.batch_stride + head % p.heads * lists.head_stride;
+        return std::clamp<int64_t>(lists.counts[list * blocks + item % blocks], 0, lists.longest);
+    };
+    std::vector<int64_t> starts(static_cast<size_t>(lists.longest) + 2);
+    for (int64_t item = 0; item < items; ++item) ++starts[static_cast<size_t>(lists.longest - keys(item)) + 1];
+    std::partial_sum(starts.begin(), starts.end(), starts.begin());
+    std::vector<int32_t> order(static_cast<size_t>(items));
+    for (int64_t item = 0; item < items; ++item)
+        order[static_cast<size_t>(starts[static_cast<size_t>(lists.longest - keys(item))]++)] =
+            static_cast<int32_t>(item);
+    return order;
 }
 
-// Few heads with many queries: all keys and values are packed first, then every block of queries is an item.
-bool run_blocks(const Call& call, int64_t heads, int64_t packed_bytes, int64_t scratch_bytes) {
-    char* packed = static_cast<char*>(pool_take(heads * packed_bytes));
-    if (packed == nullptr) return false;
-    const auto all = [&](int64_t items) { return call.grain == 1 ? 1 : items; };
-    parallel_ranges(heads * call.blocks, all(heads * call.blocks), [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item)
-            call.pack(item / call.blocks, item % call.blocks, packed + item / call.blocks * packed_bytes);
+// int8 codes of all keys, in memory that the caller gives back to the pool; null if there is none.
+void* encode(const KernelSet& set, const AttentionParams& p) {
+    const int64_t kv_heads = p.heads / p.group, heads = p.batch * kv_heads;
+    const int64_t blocks = (p.key.count + p.block_size - 1) / p.block_size;
+    void* codes = pool_take(heads * set.code_bytes(p));
+    if (codes == nullptr) return nullptr;
+    parallel_ranges(heads, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t head = begin; head < end; ++head) set.average_keys(p, head / kv_heads, head % kv_heads, codes);
     });
-    std::atomic<bool> enough{true};
-    parallel_ranges(heads * call.query_blocks, all(heads * call.query_blocks), [&](int64_t begin, int64_t end) {
-        void* scratch = thread_scratch(scratch_bytes);
-        if (scratch == nullptr) {
-            enough = false;
-            return;
+    parallel_ranges(heads * blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t head = item / blocks;
+            set.encode_keys(p, head / kv_heads, head % kv_heads, item % blocks, codes);
         }
-        for (int64_t item = begin; item < end; ++item)
-            call.attend(item / call.query_blocks, item % call.query_blocks,
-                        packed + item / call.query_blocks * packed_bytes, scratch);
     });
-    pool_give(packed);
-    return enough;
+    return codes;
 }
 
 }  // namespace
@@ -81,14 +63,29 @@ const KernelSet& kernel_set(Isa isa) { return *kSets[static_cast<int>(isa)]; }
 
 bool run(Isa isa, const AttentionParams& p) {
     const KernelSet& set = kernel_set(isa);
-    const int64_t key_block = set.key_block(p), heads = p.batch * p.heads;
-    const double products =
-        static_cast<double>(heads) * static_cast<double>(p.query.count) * static_cast<double>(p.key.count * p.size);
-    const Call call = {set, p, (p.key.count + key_block - 1) / key_block,
-                       (p.query.count + kQueryBlock - 1) / kQueryBlock, products < kSerialProducts ? 0 : 1};
-    const int64_t packed_bytes = padded(set.packed_bytes(p)), scratch_bytes = padded(set.scratch_bytes(p));
-    if (heads >= kManyHeads || call.query_blocks == 1) return run_heads(call, heads, packed_bytes, scratch_bytes);
-    return run_blocks(call, heads, packed_bytes, scratch_bytes);
+    const int64_t block = p.lists.counts != nullptr ? p.block_size : kQueryBlock;
+    const int64_t blocks = (p.query.count + block - 1) / block, items = p.batch * p.heads * blocks;
+    const double products = static_cast<double>(p.batch * p.heads) * static_cast<double>(p.query.count) *
+                            static_cast<double>(p.key.count * p.size);
+    void* codes = nullptr;
+    if (p.int8 && (codes = encode(set, p)) == nullptr) return false;
+    const std::vector<int32_t> order = by_work(p, blocks);
+    const int64_t scratch_bytes = set.scratch_bytes(p);
+    std::atomic<bool> enough{true};
+    parallel_ranges(items, products < kSerialProducts ? items : 1, [&](int64_t begin, int64_t end) {
+        void* scratch = thread_scratch(scratch_bytes);
+        if (scratch == nullptr) {
+            enough = false;
+            return;
+        }
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t item = order.empty() ? i : order[static_cast<size_t>(i)], head = item / blocks;
+            const int64_t first = item % blocks * block, last = std::min(first + block, p.query.count);
+            set.attend(p, head / p.heads, head % p.heads, first, last, codes, scratch);
+        }
+    });
+    pool_give(codes);
+    return enough;
 }
 
 }  // namespace attention

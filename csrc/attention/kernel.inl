@@ -1,185 +1,175 @@
-// Attention of a block of queries of one head, with a softmax that streams over blocks of keys: no matrix of all
+// Attention of a block of queries of one head, with a softmax that streams over chunks of keys: no matrix of all
 // scores. Included once per ISA level.
 #pragma once
 
-#include "layout.inl"
+#include "chunk.inl"
 #include "mask.inl"
 
 namespace pdn {
 namespace attention {
 namespace {
 
-constexpr int kScoreStep = kLongestBlock + 16;  // floats between the scores of neighbouring queries
+// Scratch memory of one call; counted by the same code that hands it out.
+struct Scratch {
+    float *query, *scores, *top, *kept, *references, *totals, *checks, *sums, *keys, *values, *row;
+    int32_t* starts;  // of int8 scores
+    int64_t floats = 0;
 
-// What a block of queries keeps between blocks of keys; `weights` belongs to the kRows queries at hand.
-struct State {
-    float* query;      // [kQueryBlock][query_step]
-    float* weights;    // [kRows][kScoreStep]: scores, then exponentials
-    float* reference;  // [kQueryBlock]: the largest score so far; what exponentials are relative to
-    float* totals;     // [kQueryBlock][kWidth]: sums of exponentials
-    float* sums;       // [kQueryBlock][values]: sums of exponentials times values
+    Scratch(const AttentionParams& p, void* memory) {
+        const auto take = [&](int64_t count) {
+            float* const begin = memory == nullptr ? nullptr : static_cast<float*>(memory) + floats;
+            floats += round_up(count, 16);
+            return begin;
+        };
+        const int64_t chunk = chunk_keys(p), queries = kQueryBlock, size = padded_size(p);
+        const bool copies = p.dtype != DType::float32;
+        query = take(queries * size);
+        scores = take(chunk * kTile * kWidth);
+        top = take(kTile * kWidth);
+        kept = take(kTile * kWidth);
+        references = take(queries);
+        totals = take(queries);
+        checks = take(queries);
+        sums = take(queries * p.size);
+        keys = take(copies && !p.int8 ? chunk * size : 0);
+        values = take(copies ? chunk * size : 0);
+        row = take(p.int8 ? kWidth * size : 0);
+        starts = reinterpret_cast<int32_t*>(take(p.int8 ? queries : 0));
+    }
 };
 
-State state_of(const Layout& l, void* scratch) {
-    float* at = static_cast<float*>(scratch);
-    const auto take = [&](int64_t floats) {
-        float* const begin = at;
-        at += round_up(floats, 16);
-        return begin;
-    };
-    State s;
-    s.query = take(kQueryBlock * l.query_step);
-    s.weights = take(kRows * kScoreStep);
-    s.reference = take(kQueryBlock);
-    s.totals = take(kQueryBlock * kWidth);
-    s.sums = take(kQueryBlock * l.values);
-    return s;
+int64_t scratch_bytes(const AttentionParams& p) { return Scratch(p, nullptr).floats * 4; }
+
+template <class Body>
+PDN_INLINE void with_vectors(int64_t vectors, const Body& body) {
+    if (vectors == kTile) return body.template operator()<kTile>();
+    if (vectors == 1) return body.template operator()<1>();
+    if constexpr (kTile == 4) vectors == 2 ? body.template operator()<2>() : body.template operator()<3>();
 }
 
-int64_t scratch_bytes(const AttentionParams& p) {
-    const Layout l(p);
-    const int64_t floats = kQueryBlock * (l.query_step + 1 + kWidth + l.values) + kRows * kScoreStep;
-    return (floats + 5 * 16) * 4;
-}
+// The queries at hand.
+struct Queries {
+    int64_t image, head, first, count;
+};
 
-// The scale of the scores goes into the queries, unless that would round them once more.
-template <class Cells, class T>
-PDN_INLINE void pack_queries(const Layout& l, const Rows<T>& rows, int64_t first, int64_t last, float scale,
-                             float* packed) {
-    for (int64_t i = 0; i < round_up(last - first, kRows); ++i) {
-        for (int64_t cell = 0; cell < l.cells; cell += kWidth) {
-            vf v = first + i < last ? Reader<Cells, T>::cells(rows, first + i, cell) : vf{};
-            if constexpr (Cells::kPerCell == 1) v *= scale;
-            store(packed + i * l.query_step + cell, v);
-        }
+// A tile of them and a chunk of keys. `cells` are those of a key.
+template <class KeyCells, class ValueCells, int Vectors>
+__attribute__((noinline)) void attend_tile(const AttentionParams& p, const Queries& q, int64_t tile, int64_t cells,
+                                           const Chunk& c, const Scratch& s, const State& state, bool begun) {
+    constexpr int64_t kStep = Vectors * kWidth;
+    for (int v = 0; v < Vectors; ++v) store(s.top + v * kWidth, splat(kNothing));
+    float* scores = s.scores;
+    for (int64_t i = 0; i < c.key_parts; ++i) {
+        each_group(c.key[i].count, [&]<int Rows>(int64_t first, int64_t groups) {
+            score_groups<KeyCells, Rows, Vectors>(c.key[i], first, groups, c.key_bytes, s.query + tile * cells, cells,
+                                                  s.starts + tile, scores, s.top);
+        });
+        scores += c.key[i].count * kStep;
     }
-}
-
-template <class Cells, int Vectors>
-PDN_INLINE void score_tile(const Layout& l, const float* query, const float* keys, float scale, float* scores) {
-    vf sums[kRows][Vectors];
-    multiply<Cells, Vectors>(query, l.query_step, keys, l.cells, sums);
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v)
-            store(scores + r * kScoreStep + v * kWidth, Cells::kPerCell == 1 ? sums[r][v] : sums[r][v] * scale);
-}
-
-PDN_INLINE void add_sums(float* sums, vf value, float kept, bool begun) {
-    store(sums, begun ? load(sums) * kept + value : value);
-}
-
-// weights * values, added to `sums`; `kept` are the factors for what `sums` holds.
-template <class Cells>
-PDN_INLINE void mix_tiles(const Layout& l, const float* weights, const float* values, int64_t cells, const float* kept,
-                          bool begun, float* sums) {
-    each_tile(l.values, [&]<int Vectors>(int64_t first) {
-        vf products[kRows][Vectors];
-        multiply<Cells, Vectors>(weights, kScoreStep, values + first * cells, cells, products);
-#pragma GCC unroll 6
-        for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v)
-                add_sums(sums + r * l.values + first + v * kWidth, products[r][v], kept[r], begun);
+    for (int v = 0; p.mask.data != nullptr && v < Vectors; ++v)
+        store(s.top + v * kWidth, add_mask(p.mask, q.image, q.head, q.first + tile + v * kWidth,
+                                           q.count - tile - v * kWidth, c.first, c.keys, s.scores + v * kWidth, kStep));
+    const bool moved = move_references<Vectors>(state, s.top, s.kept);
+    weigh<ValueCells, Vectors>(state, c.keys, s.scores);
+    const Before before = !begun ? Before::none : moved ? Before::scaled : Before::kept;
+    each_group(p.size, [&]<int Rows>(int64_t first, int64_t groups) {
+        mix_groups<ValueCells, Rows, Vectors>(c.value, c.value_parts, first, groups, c.value_bytes, s.scores, before,
+                                              s.kept, state.sums);
     });
 }
 
-template <class Cells>
-PDN_INLINE void mix_lanes(const Layout& l, const float* weights, const float* values, int64_t cells, const float* kept,
-                          bool begun, float* sums) {
-    for (int64_t first = 0; first < l.values; first += kLaneSums)
-        for (int row = 0; row < kRows; row += kLaneRows) {
-            vf products[kLaneRows];
-            multiply_lanes<Cells, kScoreStep>(weights + row * kScoreStep, values + first * cells, cells, products);
-            for (int r = 0; r < kLaneRows; ++r) {
-                float* out = sums + (row + r) * l.values + first;
-                const vf old = begun ? load_partial(out, kLaneSums) * kept[row + r] : vf{};
-                store_partial(out, old + products[r], kLaneSums);
-            }
-        }
+State state_of(const AttentionParams& p, const Scratch& s, int64_t tile) {
+    return {s.references + tile, s.totals + tile, s.checks + tile, s.sums + tile * p.size};
 }
 
-// The exponentials of `live` queries in place of their scores; kept[r] becomes the factor for the sums before.
-template <class Cells>
-PDN_INLINE void weigh(const State& s, int64_t row, int64_t live, int64_t keys, int64_t padded, bool begun,
-                      float* kept) {
-    for (int64_t r = 0; r < live; ++r)
-        for (int64_t i = keys; i < padded; ++i) s.weights[r * kScoreStep + i] = kNothing;
-    float top[kRows];
-    for (int64_t r = 0; r < live; ++r) {
-        top[r] = largest_score(s.weights + r * kScoreStep, padded);
-        if (begun && !(top[r] > s.reference[row + r])) top[r] = s.reference[row + r];
-    }
-    for (int64_t r = 0; r < live; ++r) {
-        const float reference = top[r] == kNothing ? 0.f : top[r];  // no key counts yet: all weights are 0, not NaN
-        vf total = exponentials<Cells>(s.weights + r * kScoreStep, padded, reference);
-        if (begun) {
-            kept[r] = exp2_negative(splat(s.reference[row + r] - reference))[0];
-            total += load(s.totals + (row + r) * kWidth) * kept[r];
-        }
-        s.reference[row + r] = top[r];
-        store(s.totals + (row + r) * kWidth, total);
-    }
-}
-
-// Sums over totals, 0 where no key counts.
+// Sums over totals of kWidth queries, 0 where no key counts, and the logarithms of the totals.
 template <class T>
-PDN_INLINE void write_rows(const AttentionParams& p, const Layout& l, const State& s, int64_t image, int64_t head,
-                           int64_t first, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const float total = reduce_add(load(s.totals + i * kWidth)), divisor = total == 0.f ? 1.f : total;
-        T* out = static_cast<T*>(p.output) + ((image * p.query.count + first + i) * p.heads + head) * p.size;
-        for (int64_t d = 0; d < p.size; d += kWidth) {
-            const int64_t n = least(kWidth, p.size - d);
-            const vf quotient = load_some(s.sums + i * l.values + d, n) / divisor;
-            n == kWidth ? store(out + d, quotient) : store_partial(out + d, quotient, static_cast<int>(n));
-        }
+PDN_INLINE void write_rows(const AttentionParams& p, const Queries& q, int64_t at, const State& s, int64_t step,
+                           bool begun, const float* shifts) {
+    const int64_t live = least(kWidth, q.count - at);
+    const vf check = load(s.checks), total = load(s.totals) + (check - check);
+    const vf inverse = 1.f / select(total == 0.f, splat(1.f), total);
+    T* out = static_cast<T*>(p.output) + q.image * p.output_batch_stride + q.head * p.output_head_stride +
+             (q.first + at) * p.output_row_stride;
+    for (int64_t d = 0; d < p.size; d += kWidth) {
+        const int64_t n = least(kWidth, p.size - d);
+        vf block[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i)
+            block[i] = i < n && begun ? select(total == 0.f, vf{}, load(s.sums + (d + i) * step) * inverse) : vf{};
+        transpose(block);
+        for (int64_t i = 0; i < live; ++i) store_some(out + i * p.output_row_stride + d, block[i], n);
+    }
+    if (p.lse == nullptr) return;
+    const vf sum = (log2_positive(total) + load(s.reference)) * kLn2 + load_some(shifts, live);
+    const vf lse = select(total == 0.f, splat(kNothing), select(total != total, total, sum));
+    float* to = p.lse + (q.image * p.heads + q.head) * p.query.count + q.first + at;
+    live == kWidth ? store(to, lse) : store_partial(to, lse, static_cast<int>(live));
+}
+
+// What int8 scores leave out, so that log-sum-exps mean the same: scale * dot(query, mean of the keys).
+template <class T>
+void mean_scores(const AttentionParams& p, const Rows<T>& rows, const Queries& q, const float* mean, float* scores) {
+    for (int64_t i = 0; i < q.count; ++i) {
+        vf sum{};
+        for (int64_t d = 0; d < p.size; d += kWidth) sum += rows.elements(q.first + i, d) * load(mean + d);
+        scores[i] = reduce_add(sum) * p.scale;
     }
 }
 
-template <class Cells, class T>
-void attend_as(const AttentionParams& p, int64_t image, int64_t head, int64_t first, int64_t last, const float* packed,
-               void* scratch) {
-    const Layout l(p);
-    const State s = state_of(l, scratch);
-    const float scale = p.scale * kLog2E;
-    pack_queries<Cells>(l, Rows<T>(p.query, image, head, p.query.count, p.size), first, last, scale, s.query);
-    for (int64_t begin = 0; begin < p.key.count; begin += l.block) {
-        const int64_t keys = least(l.block, p.key.count - begin), padded = round_up(keys, l.unit);
-        const float* block_keys = packed + l.keys_at(begin / l.block);
-        const float* block_values = packed + l.values_at(begin / l.block);
-        for (int64_t row = 0; row < last - first; row += kRows) {
-            const int64_t live = least(kRows, last - first - row);
-            each_tile(padded, [&]<int Vectors>(int64_t tile) {
-                score_tile<Cells, Vectors>(l, s.query + row * l.query_step, block_keys + tile * l.cells, scale,
-                                           s.weights + tile);
-            });
-            for (int64_t r = 0; p.mask.data != nullptr && r < live; ++r)
-                add_mask(p.mask, image, head, first + row + r, begin, keys, s.weights + r * kScoreStep);
-            float kept[kRows] = {};
-            weigh<Cells>(s, row, live, keys, padded, begin > 0, kept);
-            const int64_t cells = padded / Cells::kPerCell;
-            float* sums = s.sums + row * l.values;
-            if (in_lanes(p))
-                mix_lanes<Cells>(l, s.weights, block_values, cells, kept, begin > 0, sums);
-            else
-                mix_tiles<Cells>(l, s.weights, block_values, cells, kept, begin > 0, sums);
-        }
+template <class KeyCells, class ValueCells, class T>
+void attend_as(const AttentionParams& p, const Queries& q, void* codes, void* memory) {
+    constexpr bool kFromCodes = __is_same(KeyCells, Int8Cells);
+    const int64_t kv_head = q.head / p.group, padded = round_up(q.count, kWidth);
+    const Scratch s(p, memory);
+    const Rows<T> rows(p.query, q.image, q.head, q.first + q.count, p.size);
+    float factor = p.scale * kLog2E;
+    const int64_t cells = (p.size + KeyCells::kPerCell - 1) / KeyCells::kPerCell;
+    if constexpr (kFromCodes) {
+        factor *= encode_queries(p, rows, q.first, q.first + q.count, s.row, s.query, s.starts);
+    } else {
+        pack_keys<KeyCells>(rows, cells, q.first, padded, s.query);
+        if (KeyCells::kPerCell == 1)  // pairs would be rounded once more
+            for (int64_t i = 0; i < padded * cells; i += kWidth) store(s.query + i, load(s.query + i) * factor);
     }
-    write_rows<T>(p, l, s, image, head, first, last - first);
+    const Source<KeyCells, ValueCells, T> source = {Rows<T>(p.key, q.image, kv_head, p.key.count, p.size),
+                                                    Rows<T>(p.value, q.image, kv_head, p.key.count, p.size),
+                                                    s.keys,
+                                                    s.values,
+                                                    KeyCells::kPerCell == 2 && p.size % 2 == 0,
+                                                    kFromCodes ? KeyCodes(p, q.image, kv_head, codes) : KeyCodes(),
+                                                    factor,
+                                                    p.block_size,
+                                                    cells};
+    for (int64_t i = 0; i < padded; i += kWidth) {
+        store(s.references + i, splat(kNothing));
+        store(s.totals + i, vf{});
+        store(s.checks + i, vf{});
+    }
+    Keys keys(p, q.image, q.head, q.first, kFromCodes);
+    bool begun = false;
+    for (Chunk chunk; source.next(keys, chunk_keys(p), p.size, chunk); begun = true)
+        each_tile(padded, [&]<int Vectors>(int64_t tile) {
+            attend_tile<KeyCells, ValueCells, Vectors>(p, q, tile, cells, chunk, s, state_of(p, s, tile), begun);
+        });
+    float* const shifts = s.scores;
+    for (int64_t i = 0; i < q.count; ++i) shifts[i] = 0.f;
+    if constexpr (kFromCodes) mean_scores(p, rows, q, source.codes.mean, shifts);
+    each_tile(padded, [&]<int Vectors>(int64_t tile) {
+        for (int64_t v = 0; v < Vectors * kWidth && tile + v < q.count; v += kWidth) {
+            State state = state_of(p, s, tile);
+            state.reference += v, state.totals += v, state.checks += v, state.sums += v;
+            write_rows<T>(p, q, tile + v, state, Vectors * kWidth, begun, shifts + tile + v);
+        }
+    });
 }
 
-void attend(const AttentionParams& p, int64_t image, int64_t head, int64_t first, int64_t last, const void* packed,
+void attend(const AttentionParams& p, int64_t image, int64_t head, int64_t first, int64_t last, const void* codes,
             void* scratch) {
-    const float* in = static_cast<const float*>(packed);
-    if (p.dtype == DType::float32) return attend_as<Floats, float>(p, image, head, first, last, in, scratch);
-    if (p.dtype == DType::float16) return attend_as<Floats, fp16>(p, image, head, first, last, in, scratch);
-#if defined(__AVX512BF16__)
-    attend_as<Bf16Pairs, bf16>(p, image, head, first, last, in, scratch);
-#else
-    attend_as<Floats, bf16>(p, image, head, first, last, in, scratch);
-#endif
+    const Queries q = {image, head, first, last - first};
+    void* const c = const_cast<void*>(codes);
+    with_types(p.dtype, [&]<class Cells, class T>() {
+        p.int8 ? attend_as<Int8Cells, Cells, T>(p, q, c, scratch) : attend_as<Cells, Cells, T>(p, q, c, scratch);
+    });
 }
 
 }  // namespace

@@ -3,29 +3,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../attention/dispatch.h"
-#include "tape.h"
-#include "tensors.h"
+#include "heads.h"
 
 namespace pdn {
 namespace bindings {
 namespace {
 
 using attention::AttentionParams;
-using attention::DType;
 using attention::Mask;
 using attention::Tokens;
-
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of attention take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
-
-// `tensor` itself if its last dim is adjacent in memory, else a copy of which that is true.
-Tensor with_adjacent_elements(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    return tensor.stride(last) == 1 || tensor.size(last) == 1 ? tensor : dense(tensor);
-}
 
 Tokens tokens_of(const Tensor& tensor, int64_t size) {
     return {tensor.data_ptr(), tensor.size(1), tensor.stride(0), size, tensor.stride(1)};
@@ -55,15 +41,19 @@ Tensor attend(const Tensor& query, const Tensor& key, const Tensor& value, int64
     const Tensor q = with_adjacent_elements(query), k = with_adjacent_elements(key), v = with_adjacent_elements(value);
     Tensor output = empty_row_major(shape_of(query), query.scalar_type());
     AttentionParams p{};
-    p.dtype = kernel_dtype(query.scalar_type());
+    p.dtype = attention_dtype(query.scalar_type());
     p.batch = query.size(0);
     p.heads = heads;
+    p.group = 1;
     p.size = query.size(2) / heads;
     p.query = tokens_of(q, p.size);
     p.key = tokens_of(k, p.size);
     p.value = tokens_of(v, p.size);
     p.scale = static_cast<float>(scale);
     p.output = output.data_ptr();
+    p.output_batch_stride = output.stride(0);
+    p.output_head_stride = p.size;
+    p.output_row_stride = output.stride(1);
     if (output.numel() == 0) return output;
     STD_TORCH_CHECK(p.key.count > 0, "key: expected at least one token");
     std::optional<Tensor> m = mask;

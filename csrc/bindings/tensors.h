@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -98,6 +99,27 @@ inline Tensor empty_row_major(const std::vector<int64_t>& shape, ScalarType dtyp
         elements *= shape[axis];
     }
     return empty_strided(shape, strides, dtype);
+}
+
+// An uninitialised CPU tensor as torch.empty_like makes it, the last axis innermost: of the strides of `like` where
+// that is dense, else dense with its axes in the same order.
+inline Tensor empty_in_order(const Tensor& like) {
+    std::vector<int64_t> shape, strides, axes;
+    for (int64_t axis = 0; axis < like.dim(); ++axis) {
+        shape.push_back(like.size(axis));
+        strides.push_back(like.stride(axis));
+        axes.insert(axes.begin(), axis);
+    }
+    std::stable_sort(axes.begin() + 1, axes.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+    bool dense = true;
+    int64_t elements = 1;
+    std::vector<int64_t> packed(strides.size());
+    for (const int64_t axis : axes) {
+        packed[axis] = elements;
+        dense = dense && (shape[axis] == 1 || strides[axis] == elements);
+        elements *= shape[axis];
+    }
+    return empty_strided(shape, dense ? strides : packed, like.scalar_type());
 }
 
 inline std::vector<int64_t> shape_of(const Tensor& tensor) {

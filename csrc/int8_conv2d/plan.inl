@@ -5,7 +5,7 @@
 // range of blocks of output channels; a thread that takes several items of a strip copies it once.
 #pragma once
 
-#include "dot.inl"
+#include "../core/dot.inl"
 #include "params.h"
 
 namespace pdn {

@@ -110,13 +110,16 @@ struct Problem {
         key.build(c, c.keys, c.spread, generator);
         value.build(c, c.keys, 1, generator);
         p.dtype = c.dtype;
-        p.batch = c.batch, p.heads = c.heads, p.size = c.size;
+        p.batch = c.batch, p.heads = c.heads, p.group = 1, p.size = c.size;
         p.query = query.tokens, p.key = key.tokens, p.value = value.tokens;
         p.scale = 1.f / std::sqrt(static_cast<float>(c.size));
         const auto count = static_cast<size_t>(c.batch * c.queries * c.heads * c.size);
         floats.resize(c.dtype == DType::float32 ? count : 0, NAN);
         halves.resize(c.dtype == DType::float32 ? 0 : count, 0x7fff);
         p.output = halves.empty() ? static_cast<void*>(floats.data()) : halves.data();
+        p.output_row_stride = c.heads * c.size;
+        p.output_head_stride = c.size;
+        p.output_batch_stride = c.queries * p.output_row_stride;
         if (c.mask == Masks::none) return;
         const int64_t rows = c.per_head ? c.batch * c.heads * c.queries : 1;
         for (int64_t i = 0; i < rows * c.keys; ++i) {
@@ -148,14 +151,11 @@ struct Problem {
 };
 
 void run(const AttentionParams& p) {
-    const Memory packed(packed_bytes(p)), scratch(scratch_bytes(p));
-    const int64_t block = key_block(p);
-    for (int64_t head = 0; head < p.batch * p.heads; ++head) {
-        for (int64_t i = 0; i * block < p.key.count; ++i) pack(p, head / p.heads, head % p.heads, i, packed.data);
+    const Memory scratch(scratch_bytes(p));
+    for (int64_t head = 0; head < p.batch * p.heads; ++head)
         for (int64_t q = 0; q < p.query.count; q += kQueryBlock)
-            attend(p, head / p.heads, head % p.heads, q, std::min(p.query.count, q + kQueryBlock), packed.data,
+            attend(p, head / p.heads, head % p.heads, q, std::min(p.query.count, q + kQueryBlock), nullptr,
                    scratch.data);
-    }
 }
 
 bool check(const Case& c) {
@@ -200,12 +200,10 @@ bool check_rows() {
             const auto at = static_cast<size_t>(9 * query.tokens.row_stride);  // head 0 of query 9
             query.floats[at] = NAN;
             if (!query.halves.empty()) query.halves[at] = 0x7fc0;
-            const Memory packed(packed_bytes(poisoned.p)), scratch(scratch_bytes(poisoned.p));
-            for (int64_t head = 0; head < 2; ++head) {
-                for (int64_t i = 0; i * key_block(poisoned.p) < c.keys; ++i) pack(poisoned.p, 0, head, i, packed.data);
+            const Memory scratch(scratch_bytes(poisoned.p));
+            for (int64_t head = 0; head < 2; ++head)
                 for (int64_t q = c.queries - 1; q >= 0; q -= 2)  // pairs of queries, last first
-                    attend(poisoned.p, 0, head, std::max<int64_t>(0, q - 1), q + 1, packed.data, scratch.data);
-            }
+                    attend(poisoned.p, 0, head, std::max<int64_t>(0, q - 1), q + 1, nullptr, scratch.data);
             for (int64_t i = 0; i < c.queries * 2 * size; ++i) {
                 const double a = whole.result(static_cast<size_t>(i)), b = poisoned.result(static_cast<size_t>(i));
                 const bool struck = i / (2 * size) == 9 && i % (2 * size) < size;
@@ -240,35 +238,27 @@ double multiply_adds() {
     return 40000 / best;
 }
 
-// The best time of every part by itself, added up: on a busy machine long runs are always disturbed.
+// The best time of every block of queries by itself, added up: on a busy machine long runs are always disturbed.
 void measure(const Case& c, int repeats) {
     Problem problem(c);
     const AttentionParams& p = problem.p;
-    const Memory packed(packed_bytes(p)), scratch(scratch_bytes(p));
+    const Memory scratch(scratch_bytes(p));
     const double rate = multiply_adds();
-    double packing = 0, attending = 0;
-    const auto best_of = [&](const auto& part) {
-        double best = 1e30;
-        for (int i = 0; i < repeats; ++i) {
-            const double begin = now();
-            part();
-            best = std::min(best, now() - begin);
+    double attending = 0;
+    for (int64_t head = 0; head < p.heads; ++head)
+        for (int64_t q = 0; q < p.query.count; q += kQueryBlock) {
+            double best = 1e30;
+            for (int i = 0; i < repeats; ++i) {
+                const double begin = now();
+                attend(p, 0, head, q, std::min(p.query.count, q + kQueryBlock), nullptr, scratch.data);
+                best = std::min(best, now() - begin);
+            }
+            attending += best;
         }
-        return best;
-    };
-    for (int64_t head = 0; head < p.heads; ++head) {
-        for (int64_t b = 0; b * key_block(p) < p.key.count; ++b)
-            packing += best_of([&] { pack(p, 0, head, b, packed.data); });
-        for (int64_t q = 0; q < p.query.count; q += kQueryBlock)
-            attending += best_of(
-                [&] { attend(p, 0, head, q, std::min(p.query.count, q + kQueryBlock), packed.data, scratch.data); });
-    }
     const double vectors = static_cast<double>(c.queries * c.keys * c.heads) / kWidth;
-    std::printf(
-        "pack %.1f us, attend %.1f us; at %.0f multiply-adds/us the products take %.1f us, with 6 for the "
-        "exponential %.1f\n",
-        packing, attending, rate, vectors * 2 * static_cast<double>(c.size) / rate,
-        vectors * (2 * static_cast<double>(c.size) + 6) / rate);
+    std::printf("%.1f us; at %.0f multiply-adds/us the products take %.1f us, with 5 for the exponential %.1f\n",
+                attending, rate, vectors * 2 * static_cast<double>(c.size) / rate,
+                vectors * (2 * static_cast<double>(c.size) + 5) / rate);
 }
 
 }  // namespace

@@ -9,6 +9,7 @@ namespace attention {
 namespace {
 
 constexpr float kLog2E = 1.44269504088896341f;
+constexpr float kLn2 = 0.69314718055994531f;
 constexpr float kNothing = -__builtin_inff();  // the score of a key that does not count
 
 PDN_INLINE vf larger(vf a, vf b) {

@@ -20,14 +20,14 @@ constexpr int kLaneRows = 2, kLaneSums = 4;
 
 struct Floats {
     static constexpr int kPerCell = 1;
-    static PDN_INLINE vf repeated(const float* cell) { return *cell - vf{}; }
+    static PDN_INLINE vf repeated(const char* cell) { return splat(*reinterpret_cast<const float*>(cell)); }
     static PDN_INLINE vf add_product(vf sum, vf a, vf b) { return a * b + sum; }
 };
 
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
     static constexpr int kPerCell = 2;
-    static PDN_INLINE vf repeated(const float* cell) {
+    static PDN_INLINE vf repeated(const char* cell) {
         int32_t bits;
         std::memcpy(&bits, cell, sizeof bits);
         return (vf)_mm512_set1_epi32(bits);
@@ -38,6 +38,26 @@ struct Bf16Pairs {
 };
 #endif
 
+// sums[r][v] += sum over k < count of (the cell at a + r * row_bytes + k * step_bytes) * b[k * Vectors + v]. The cells
+// of `a` may lie where they are in a tensor; `b` is packed.
+template <class Cells, int Vectors, int Rows, class Sum>
+PDN_INLINE void add_products(const char* a, int64_t row_bytes, int64_t step_bytes, const float* b, int64_t count,
+                             Sum (&sums)[Rows][Vectors]) {
+    for (int64_t k = 0; k < count; ++k) {
+        vf row[Vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kWidth);
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const Sum factor = Cells::repeated(a + r * row_bytes);
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) sums[r][v] = Cells::add_product(sums[r][v], factor, (Sum)row[v]);
+        }
+        a += step_bytes;
+        b += Vectors * kWidth;
+    }
+}
+
 // sums[r][v] = sum over k < count of a[k + r * row_step] * b[k * Vectors * kWidth + v * kWidth ...]
 template <class Cells, int Vectors, int Rows>
 PDN_INLINE void multiply(const float* a, int64_t row_step, const float* b, int64_t count, vf (&sums)[Rows][Vectors]) {
@@ -45,18 +65,7 @@ PDN_INLINE void multiply(const float* a, int64_t row_step, const float* b, int64
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) sums[r][v] = vf{};
-    for (int64_t k = 0; k < count; ++k) {
-        vf row[Vectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kWidth);
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-            const vf factor = Cells::repeated(a + k + r * row_step);
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v) sums[r][v] = Cells::add_product(sums[r][v], factor, row[v]);
-        }
-        b += Vectors * kWidth;
-    }
+    add_products<Cells, Vectors>(reinterpret_cast<const char*>(a), 4 * row_step, 4, b, count, sums);
 }
 
 // The same with k in the lanes, for heads too small to fill a vector: lane l of sums[r] is the sum over k of

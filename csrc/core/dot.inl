@@ -1,14 +1,14 @@
-// The product of four bytes, or two 16-bit numbers, per 32-bit lane: what one step of the register tile does.
+// The product of four bytes, or two 16-bit numbers, per 32-bit lane: what one step of a register tile of int8 kernels
+// does. Included once per ISA level.
 //
 // With VNNI a step takes 4 channels as unsigned bytes (code + 128) against signed weights; without it 2 channels as
 // 16-bit numbers, whose pairwise products and sums are exact. Never the saturating or the u8 x s8 -> s16 form.
 // The 128 is taken out again through the sum of the weights: `kOffset` says by how much a stored code is too large.
 #pragma once
 
-#include "../core/vec.h"
+#include "vec.h"
 
 namespace pdn {
-namespace int8_conv2d {
 namespace {
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
@@ -66,5 +66,4 @@ PDN_INLINE vi dot(vi acc, vi x, vi w) {
 }
 
 }  // namespace
-}  // namespace int8_conv2d
 }  // namespace pdn

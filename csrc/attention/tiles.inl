@@ -1,0 +1,213 @@
+// The three steps of a tile: scores of up to kTile vectors of queries and the keys of a chunk, their weights, and the
+// weighted sums of values. Queries are in the lanes, so keys and values are read where they lie, one number for all
+// lanes, and nothing is added up across lanes. Included once per ISA level.
+#pragma once
+
+#include "../core/attention/pack.inl"
+#include "../core/attention/softmax.inl"
+#include "codes.inl"
+
+namespace pdn {
+namespace attention {
+namespace {
+
+// The rows that stay in registers are split evenly: body.operator()<Rows>(first, groups) for one or two sizes.
+template <int Rows, class Body>
+PDN_INLINE void groups_of([[maybe_unused]] int64_t size, int64_t first, int64_t groups, const Body& body) {
+    if constexpr (Rows > 0) {
+        if (size == Rows)
+            body.template operator()<Rows>(first, groups);
+        else
+            groups_of<Rows - 1>(size, first, groups, body);
+    }
+}
+
+template <class Body>
+PDN_INLINE void each_group(int64_t rows, const Body& body) {
+    const int64_t groups = (rows + kRows - 1) / kRows, size = rows / groups, larger_groups = rows % groups;
+    if (larger_groups > 0) groups_of<kRows>(size + 1, 0, larger_groups, body);
+    groups_of<kRows>(size, larger_groups * (size + 1), groups - larger_groups, body);
+}
+
+// ------------------------------------------------------------------------------------------------------------ scores
+
+template <class Cells>
+struct Scores {  // sums of products are scores: the queries were scaled
+    using Sum = vf;
+    static PDN_INLINE vf score(vf sum, float) { return sum; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Scores<Bf16Pairs> {
+    using Sum = vf;
+    static PDN_INLINE vf score(vf sum, float factor) { return sum * factor; }
+};
+#endif
+
+template <>
+struct Scores<Int8Cells> {
+    using Sum = vi;
+    static PDN_INLINE vf score(vi sum, float factor) { return __builtin_convertvector(sum, vf) * factor; }
+};
+
+// Keys that lie one after another.
+struct KeyPart {
+    const char* keys;
+    int64_t count;
+    float factor;  // of the sums of products
+};
+
+// `groups` times Rows keys: scores [key][query]; `top` [query] takes in the largest.
+template <class Cells, int Rows, int Vectors>
+__attribute__((noinline)) void score_groups(const KeyPart& part, int64_t first, int64_t groups, int64_t key_bytes,
+                                            const float* queries, int64_t cells, const int32_t* starts, float* scores,
+                                            float* top) {
+    using Sum = typename Scores<Cells>::Sum;
+    const char* keys = part.keys + first * key_bytes;
+    scores += first * Vectors * kWidth;
+    for (int64_t group = 0; group < groups; ++group) {
+        Sum sums[Rows][Vectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) {
+                sums[r][v] = Sum{};
+                if constexpr (kOffset != 0 && __is_same(Cells, Int8Cells)) sums[r][v] = load_lanes(starts + v * kWidth);
+            }
+        add_products<Cells, Vectors>(keys, key_bytes, 4, queries, cells, sums);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+            vf best = load(top + v * kWidth);
+#pragma GCC unroll 8
+            for (int r = 0; r < Rows; ++r) {
+                const vf score = Scores<Cells>::score(sums[r][v], part.factor);
+                best = larger(score, best);
+                store(scores + (r * Vectors + v) * kWidth, score);
+            }
+            store(top + v * kWidth, best);
+        }
+        keys += Rows * key_bytes;
+        scores += Rows * Vectors * kWidth;
+    }
+}
+
+// ----------------------------------------------------------------------------------------------------------- weights
+
+// What a tile of queries keeps between chunks of keys; all but the sums [queries].
+struct State {
+    float* reference;  // what exponentials are relative to: no more than kSlack below the largest score so far
+    float* totals;     // sums of exponentials
+    float* checks;     // NaN where a score was
+    float* sums;       // [size][queries]: sums of exponentials times values
+};
+
+constexpr float kSlack = 16.f;  // how far scores may exceed the reference: 2^16 per weight harms no sum
+
+PDN_INLINE bool any(vi mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    int32_t found = 0;
+    for (int i = 0; i < kWidth; ++i) found |= mask[i];
+    return found != 0;
+#endif
+}
+
+// Move the references of queries whose scores grew; `kept` [queries] becomes the factor for what was added up before.
+// Returns whether one moved. Each query by itself: the same bits in every tile.
+template <int Vectors>
+PDN_INLINE bool move_references(const State& s, const float* top, float* kept) {
+    vi moved{};
+    for (int v = 0; v < Vectors; ++v) {
+        const vf before = load(s.reference + v * kWidth), best = load(top + v * kWidth);
+        const vi move = best > before + kSlack;
+        const vf after = select(move, best, before);
+        const vf factor = select(move, exp2_negative(before - after), splat(1.f));
+        store(s.reference + v * kWidth, after);
+        store(s.totals + v * kWidth, load(s.totals + v * kWidth) * factor);
+        store(kept + v * kWidth, factor);
+        moved |= move;
+    }
+    return any(moved);
+}
+
+// The exponentials of `keys` scores in their place, as cells of keys; the last cell is filled up with zeros.
+template <class Cells, int Vectors>
+__attribute__((noinline)) void weigh(const State& s, int64_t keys, float* scores) {
+    constexpr int64_t kStep = Vectors * kWidth;
+    for (int v = 0; v < Vectors; ++v) {
+        const vf reference = load(s.reference + v * kWidth);
+        const vf zero = select(reference == kNothing, vf{}, reference);  // no key counts yet: weights 0, not NaN
+        vf total{}, check = load(s.checks + v * kWidth);
+        float* const row = scores + v * kWidth;
+#if defined(__AVX512BF16__)
+        if constexpr (Cells::kPerCell == 2) {
+            vi order{};  // lane i of both, beside each other
+            for (int i = 0; i < kWidth; ++i) order[i] = i | (i + kWidth) << 16;
+            for (int64_t i = 0; i < keys; i += 2) {
+                const vf even = exp2_checked<4>(load(row + i * kStep) - zero, check);
+                const vf odd = i + 1 < keys ? exp2_checked<4>(load(row + (i + 1) * kStep) - zero, check) : vf{};
+                total += even + odd;
+                const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+                store(row + i / 2 * kStep, (vf)_mm512_permutexvar_epi16((__m512i)order, pairs));
+            }
+        }
+#endif
+        if constexpr (Cells::kPerCell == 1)
+            for (int64_t i = 0; i < keys; ++i) {
+                const vf weight = exp2_checked<5>(load(row + i * kStep) - zero, check);
+                total += weight;
+                store(row + i * kStep, weight);
+            }
+        store(s.totals + v * kWidth, load(s.totals + v * kWidth) + total);
+        store(s.checks + v * kWidth, check);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ values
+
+// Values of keys that lie one after another, in cells of keys.
+struct ValuePart {
+    const char* values;
+    int64_t cells;
+};
+
+// What becomes of the sums before: nothing, if there are none; added to as they are; or by the factors `kept`.
+enum class Before { none, kept, scaled };
+
+// `groups` times Rows elements from `first` on: sums [element][query] of weight times value over all parts.
+template <class Cells, int Rows, int Vectors>
+__attribute__((noinline)) void mix_groups(const ValuePart* parts, int64_t part_count, int64_t first, int64_t groups,
+                                          int64_t value_bytes, const float* weights, Before before, const float* kept,
+                                          float* sums) {
+    constexpr int64_t kStep = Vectors * kWidth;
+    sums += first * kStep;
+    for (int64_t group = 0; group < groups; ++group) {
+        vf mixed[Rows][Vectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) mixed[r][v] = vf{};
+        const float* row = weights;
+        for (int64_t i = 0; i < part_count; ++i) {
+            const char* values = parts[i].values + (first + group * Rows) * 4;
+            add_products<Cells, Vectors>(values, 4, value_bytes, row, parts[i].cells, mixed);
+            row += parts[i].cells * kStep;
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) {
+                float* const out = sums + r * kStep + v * kWidth;
+                if (before == Before::kept) mixed[r][v] += load(out);
+                if (before == Before::scaled) mixed[r][v] += load(out) * load(kept + v * kWidth);
+                store(out, mixed[r][v]);
+            }
+        sums += Rows * kStep;
+    }
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace pdn
