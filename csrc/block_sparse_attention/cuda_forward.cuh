@@ -136,6 +136,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) forward_kerne
         slot = slot == 2 ? 0 : slot + 1;
     }
     copies_wait<0>();
+    __syncthreads();  // every warp is done with its queries, and the results take their place
 
     rows.finish();
     const Place place = stored->at;
@@ -153,7 +154,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) forward_kerne
             if constexpr (Tile::CODES) lse += p.scale * Codes(p).query_mean[to];
             p.lse[to] = lse;
         }
-    __syncthreads();  // every warp is done with its queries, and the results take their place
     stage_rows<T>(memory + warp * 16 * MT * Tile::kPitch, Tile::kPitch, acc, inverse, lane);
     __syncthreads();
     char* output = const_cast<char*>(rows_of<T>(p.output, place.batch, place.head)) + place.row * row_bytes<T>(p.output);
@@ -162,11 +162,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) forward_kerne
 }
 
 // ------------------------------------------------------------------------------------------------------------- shapes
-
-// Thread blocks that cut `blocks` blocks of `heads` heads into slices of at most ROWS rows.
-inline int64_t slices_of(int64_t heads, int blocks, int log_block, int rows) {
-    return heads * blocks * (((1 << log_block) + rows - 1) / rows);
-}
 
 // Every tile needs at most 96 KiB of shared memory, and no more keys a step than a block has.
 template <typename T, bool CODES, typename F>
@@ -199,22 +194,22 @@ auto with_forward_tile(const ForwardProblem& p, const F& f) {
                          : with_forward_tile<Float16, false>(size, log_block, f);
 }
 
-// Every launch of a forward pass: launch(kernel, thread blocks, threads, bytes of shared memory, p) returns why it failed,
-// or null.
+// Every launch of a forward pass: launch(kernel, thread blocks in x and y, threads, bytes of shared memory, p) returns
+// why it failed, or null.
 template <typename Launch>
 const char* launch_forward(const ForwardProblem& p, const Launch& launch) {
     const int64_t heads = static_cast<int64_t>(p.batch) * p.heads, kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
     if (p.int8_scores) {
         const int parts = Codes(p).parts, sums_bytes = kCodeThreads * 8 * 4;
-        const char* why = launch(key_sums_kernel, kv_heads * parts, kCodeThreads, sums_bytes, p);
-        if (!why) why = launch(key_mean_kernel, kv_heads, kCodeThreads, 0, p);
-        if (!why) why = launch(codes_kernel<true>, kv_heads * p.key_blocks, kCodeThreads, 64, p);
-        if (!why) why = launch(codes_kernel<false>, heads * p.query_blocks, kCodeThreads, 64, p);
+        const char* why = launch(key_sums_kernel, kv_heads * parts, 1, kCodeThreads, sums_bytes, p);
+        if (!why) why = launch(key_mean_kernel, kv_heads, 1, kCodeThreads, 0, p);
+        if (!why) why = launch(codes_kernel<true>, kv_heads * p.key_blocks, 1, kCodeThreads, 64, p);
+        if (!why) why = launch(codes_kernel<false>, heads * p.query_blocks, 1, kCodeThreads, 64, p);
         if (why) return why;
     }
     return with_forward_tile(p, [&](auto tile) {
         using Tile = decltype(tile);
-        return launch(forward_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), Tile::kThreads,
+        return launch(forward_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), 1, Tile::kThreads,
                       Tile::kSharedBytes, p);
     });
 }

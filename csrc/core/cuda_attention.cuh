@@ -81,6 +81,11 @@ PDN_DEVICE Place place_of(uint32_t index, int heads, int blocks, int log_block, 
             block, row, smaller(size, length - row)};
 }
 
+// Thread blocks that cut `blocks` blocks of `heads` heads into slices of at most ROWS rows.
+inline int64_t slices_of(int64_t heads, int blocks, int log_block, int rows) {
+    return heads * blocks * (((1 << log_block) + rows - 1) / rows);
+}
+
 PDN_DEVICE int length_of(const int32_t* lengths, int batch, int all) {
     return lengths ? smaller(__ldg(lengths + batch), all) : all;
 }

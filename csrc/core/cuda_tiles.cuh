@@ -37,7 +37,7 @@ PDN_DEVICE void copy_rows(uint32_t to, int pitch, const char* from, int64_t row_
             source += kStep * row_bytes;
         }
     } else {
-#pragma unroll
+#pragma unroll 4
         for (int k = 0; k < ROWS * CHUNKS; k += THREADS) {
             const int row = (thread + k) / CHUNKS, chunk = (thread + k) % CHUNKS;
             if (ROWS * CHUNKS % THREADS && row >= ROWS) break;
@@ -159,7 +159,7 @@ PDN_DEVICE void product_nt(float, float (&acc)[MT][NT][4], uint32_t a, uint32_t 
     }
 }
 
-// A piece of at most 64 columns of product_nn. Its sums are added up apart: a chain over all keys would lose digits.
+// COUNT x 8 columns of product_nn. Its sums are added up apart: a chain over all keys would lose digits.
 template <int MT, int KT, int NT, int FIRST, int COUNT>
 PDN_DEVICE void product_piece(float (&acc)[MT][NT][4], const float (&p)[MT][KT][4], uint32_t b, int pitch, int lane) {
     float sum[MT][COUNT][4] = {};
@@ -198,6 +198,13 @@ PDN_DEVICE void product_piece(float (&acc)[MT][NT][4], const float (&p)[MT][KT][
             for (int r = 0; r < 4; ++r) acc[i][FIRST + j][r] += sum[i][j][r];
 }
 
+template <int MT, int KT, int NT, int FIRST = 0>
+PDN_DEVICE void product_pieces(float (&acc)[MT][NT][4], const float (&p)[MT][KT][4], uint32_t b, int pitch, int lane) {
+    constexpr int kCount = NT > 16 ? 4 : 8;  // fewer where registers are short
+    product_piece<MT, KT, NT, FIRST, kCount>(acc, p, b, pitch, lane);
+    if constexpr (FIRST + kCount < NT) product_pieces<MT, KT, NT, FIRST + kCount>(acc, p, b, pitch, lane);
+}
+
 template <int MT, int KT>
 struct LeftOperand<float, MT, KT> {
     const float (&p)[MT][KT][4];
@@ -208,11 +215,7 @@ struct LeftOperand<float, MT, KT> {
 template <int MT, int KT, int NT>
 PDN_DEVICE void product_nn(float (&acc)[MT][NT][4], const LeftOperand<float, MT, KT>& left, uint32_t b, int pitch,
                            int lane) {
-    const auto& p = left.p;
-    product_piece<MT, KT, NT, 0, 8>(acc, p, b, pitch, lane);
-    if constexpr (NT > 8) product_piece<MT, KT, NT, 8, 8>(acc, p, b, pitch, lane);
-    if constexpr (NT > 16) product_piece<MT, KT, NT, 16, 8>(acc, p, b, pitch, lane);
-    if constexpr (NT > 24) product_piece<MT, KT, NT, 24, 8>(acc, p, b, pitch, lane);
+    product_pieces<MT, KT, NT>(acc, left.p, b, pitch, lane);
 }
 
 // ------------------------------------------------------------------------------------------------------------ results

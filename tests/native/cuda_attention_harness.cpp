@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../../csrc/block_sparse_attention/cuda_backward.cuh"
 #include "../../csrc/block_sparse_attention/cuda_forward.cuh"
 
 namespace {
@@ -235,7 +236,7 @@ double error_of(const std::vector<double>& expected, const std::function<double(
     for (size_t i = 0; i < expected.size(); ++i) {
         const double y = actual(i);
         if (std::isinf(expected[i])) {
-            if (y != expected[i]) { std::printf("at %zu: %g, not %g\n", i, y, expected[i]); return INFINITY; }
+            if (y != expected[i]) return INFINITY;
             continue;
         }
         if (!(std::fabs(y - expected[i]) <= error)) error = std::fabs(y - expected[i]);
@@ -252,6 +253,11 @@ bool report(const char* name, const char* what, double error, double bound) {
     return good;
 }
 
+constexpr auto on_host = [](auto kernel, int64_t x, int64_t y, int threads, int shared_bytes, const auto& p) {
+    emulator::launch(kernel, {static_cast<unsigned>(x), static_cast<unsigned>(y)}, threads, shared_bytes, p);
+    return static_cast<const char*>(nullptr);
+};
+
 bool run_forward(const Case& c, const Inputs& x, const Oracle& o) {
     Tensor output(c.type, c.batch, c.heads, c.queries, c.size, c.gap);
     std::vector<float> lse(o.lse.size(), NAN);
@@ -262,13 +268,53 @@ bool run_forward(const Case& c, const Inputs& x, const Oracle& o) {
     std::vector<Chunk> workspace(Codes(p).bytes / 16 + 1);
     std::memset(workspace.data(), 0xff, workspace.size() * 16);
     p.workspace = workspace.data();
-    launch_forward(p, [](auto kernel, int64_t blocks, int threads, int shared_bytes, const ForwardProblem& problem) {
-        emulator::launch(kernel, {static_cast<unsigned>(blocks), 1}, threads, shared_bytes, problem);
-        return static_cast<const char*>(nullptr);
-    });
+    launch_forward(p, on_host);
     const double bound = bound_of(c.type);
     bool good = report(c.name, c.int8 ? "int8 output" : "output", error_of(o.output, [&](size_t i) { return output.get(i); }), c.int8 ? bound + 1e-3 : bound);
-    return report(c.name, "lse", error_of(o.lse, [&](size_t i) { return lse[i]; }), c.int8 ? 1e-4 : 2e-6) && good;
+    return report(c.name, "lse", error_of(o.lse, [&](size_t i) { return lse[i]; }), c.int8 ? 1e-3 : 2e-6) && good;
+}
+
+bool run_backward(const Case& c, const Inputs& x, const Oracle& o) {
+    const int group = c.heads / c.kv_heads;
+    Tensor grad(c.type, c.batch, c.heads, c.queries, c.size, c.gap);
+    grad.fill(1.0);
+    std::vector<float> lse(o.lse.begin(), o.lse.end()), delta(lse.size());
+    for (size_t i = 0; i < delta.size(); ++i) {
+        double sum = 0.1 * normal();  // as if the log-sum-exp had a gradient
+        for (int d = 0; d < c.size; ++d) sum += grad.values[i * c.size + d] * o.output[i * c.size + d];
+        delta[i] = static_cast<float>(sum);
+    }
+    std::vector<double> dq(x.query.values.size()), dk(x.key.values.size()), dv(x.key.values.size());
+    for (int b = 0; b < c.batch; ++b)
+        for (int h = 0; h < c.heads; ++h)
+            for (int i = 0; i < c.queries; ++i)
+                for (int j = 0; j < c.keys; ++j) {
+                    if (!x.counts(c, b, h, i, j)) continue;
+                    const size_t row = (static_cast<size_t>(b) * c.heads + h) * c.queries + i;
+                    const size_t other = (static_cast<size_t>(b) * c.kv_heads + h / group) * c.keys + j;
+                    const double *q = x.query.row(b, h, i), *k = x.key.row(b, h / group, j), *g = grad.row(b, h, i);
+                    const double weight = std::exp(x.score(c, b, h, i, j) - o.lse[row]);
+                    double inner = -delta[row];
+                    for (int d = 0; d < c.size; ++d) inner += g[d] * x.value.row(b, h / group, j)[d];
+                    for (int d = 0; d < c.size; ++d) {
+                        dq[row * c.size + d] += c.scale * weight * inner * k[d];
+                        dk[other * c.size + d] += c.scale * weight * inner * q[d];
+                        dv[other * c.size + d] += weight * g[d];
+                    }
+                }
+    Tensor grad_query(c.type, c.batch, c.heads, c.queries, c.size), grad_key(c.type, c.batch, c.kv_heads, c.keys, c.size),
+        grad_value(c.type, c.batch, c.kv_heads, c.keys, c.size);
+    const Lists readers(x.lists, true);
+    BackwardProblem p{};
+    x.set(p, c);
+    p.value = x.value.tokens(), p.grad = grad.tokens(), p.lse = lse.data(), p.delta = delta.data();
+    p.kept = x.lists.lists(c.wide), p.readers = readers.lists(c.wide);
+    p.grad_query = grad_query.tokens(), p.grad_key = grad_key.tokens(), p.grad_value = grad_value.tokens();
+    launch_backward(p, on_host);
+    const double bound = bound_of(c.type);
+    bool good = report(c.name, "grad query", error_of(dq, [&](size_t i) { return grad_query.get(i); }), bound);
+    good = report(c.name, "grad key", error_of(dk, [&](size_t i) { return grad_key.get(i); }), bound) && good;
+    return report(c.name, "grad value", error_of(dv, [&](size_t i) { return grad_value.get(i); }), bound) && good;
 }
 
 constexpr Element F32 = Element::float32, BF16 = Element::bfloat16, F16 = Element::float16;
@@ -301,7 +347,9 @@ int main() {
     for (const Case& c : kCases) {
         emulator::backward = !emulator::backward;
         const Inputs x(c);
-        good = run_forward(c, x, oracle_of(c, x)) && good;
+        const Oracle o = oracle_of(c, x);
+        good = run_forward(c, x, o) && good;
+        if (!c.int8) good = run_backward(c, x, o) && good;
     }
     return good ? 0 : 1;
 }
