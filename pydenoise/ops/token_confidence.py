@@ -225,3 +225,8 @@ def _fake(logits, unconditional, rows, keys, guidance, temperature, seed, step, 
 # --------------------------------------------------------------------------------------------------- backend rows
 
 registry.register(Backend(OP, "reference", 0, never, reference.token_confidence, "the fallback: always last"))
+
+from pydenoise.ops._rows import token_confidence_cpu  # noqa: E402
+
+for _row in token_confidence_cpu.ROWS:
+    registry.register(_row)
