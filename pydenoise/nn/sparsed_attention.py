@@ -20,7 +20,7 @@ from pydenoise.ops import registry
 from pydenoise.ops.sparsed_block_mask import check_select, mask_from_importances
 from pydenoise.reference.sparsed_block_mask import MODES
 
-# Backends whose kernel with every block kept is at least as fast as torch's full attention (bench/NOTES.md).
+# Backends whose kernel, with every block listed, beats torch's full attention: bench/notes-sparse-attention.md.
 _FAST_DENSE = ("cpu",)
 _CALL_BEGIN_STEP = (
     "SparseDAttention does not know the denoising step: a sampler that takes `sparsity` calls begin_step; in a loop of "

@@ -362,7 +362,7 @@ def test_gradients_flow_through_every_phase():
         grads = torch.autograd.grad((attention(q, k, v) * weight).sum(), (q, k, v))
         kept = None if step < 2 else attention.pattern().to_token_mask()
         expected = torch.autograd.grad((dense(q, k, v, attn_mask=kept) * weight).sum(), (q, k, v))
-        assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+        assert_close(grads, expected, rtol=1e-4, atol=1e-4)  # of gradients up to 20
 
 
 def test_int8_scores():
