@@ -27,7 +27,7 @@ struct BackwardTile {
     static constexpr int kFloats = kStages + 4 * kStepBytes;  // two tiles each; then log-sum-exps and deltas of a stage
     static constexpr int kSharedBytes = kFloats + 2 * 2 * STEP * 4;
     static constexpr bool SPLIT = SIZE > 128;  // registers hold the sums of keys or of values, not both
-    static constexpr int kResident = SIZE > 64 && sizeof(T) == 4 || SIZE > 128 ? 1 : 2;
+    static constexpr int kResident = (SIZE > 64 && sizeof(T) == 4) || SIZE > 128 ? 1 : 2;
 };
 
 // exp2(score - lse); 0 where the log-sum-exp is -infinity.

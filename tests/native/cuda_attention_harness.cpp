@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../../csrc/block_importance/cuda_kernels.cuh"
 #include "../../csrc/block_sparse_attention/cuda_backward.cuh"
 #include "../../csrc/block_sparse_attention/cuda_forward.cuh"
 
@@ -68,6 +69,7 @@ struct Case {
     int gap;
     float scale;
     int new_blocks;
+    bool sink = false;
 };
 
 // Lists of blocks drawn at random; unused places hold numbers that must not be read.
@@ -121,6 +123,10 @@ struct Inputs {
         : query(c.type, c.batch, c.heads, c.queries, c.size, c.gap), key(c.type, c.batch, c.kv_heads, c.keys, c.size, c.gap),
           value(c.type, c.batch, c.kv_heads, c.keys, c.size), lists(c, blocks(c.queries, c), blocks(c.keys, c)) {
         query.fill(1.0), key.fill(1.0), value.fill(1.0);
+        if (c.sink) {  // a first key that takes nearly all of every row
+            for (size_t i = 0; i < query.values.size(); ++i) query.put(i, 4.f), query.values[i] = query.get(i);
+            for (int i = 0; i < c.size; ++i) key.put(i, 4.f), key.values[i] = key.get(i);
+        }
         for (int b = 0; b < c.batch; ++b) lengths.push_back(b == 0 ? c.keys * 2 / 3 : b == 1 ? 0 : c.keys);
     }
     static int blocks(int length, const Case& c) { return (length + c.block - 1) / c.block; }
@@ -317,6 +323,41 @@ bool run_backward(const Case& c, const Inputs& x, const Oracle& o) {
     return report(c.name, "grad value", error_of(dv, [&](size_t i) { return grad_value.get(i); }), bound) && good;
 }
 
+// `given`: the log-sum-exp over all keys comes from the caller.
+bool run_importance(const Case& c, const Inputs& x, bool given) {
+    const int rows = Inputs::blocks(c.queries, c), columns = Inputs::blocks(c.keys, c), first = columns - c.new_blocks;
+    std::vector<double> all(static_cast<size_t>(c.batch) * c.heads * rows * columns);
+    std::vector<double> generated(static_cast<size_t>(c.batch) * c.heads * rows * c.new_blocks);
+    std::vector<float> lse;
+    for (int b = 0; b < c.batch; ++b)
+        for (int h = 0; h < c.heads; ++h)
+            for (int i = 0; i < c.queries; ++i) {
+                double sum_all = 0, sum_generated = 0;
+                for (int j = 0; j < x.length(c, b); ++j) {
+                    const double weight = std::exp(x.score(c, b, h, i, j));
+                    sum_all += weight;
+                    if (j >= first * c.block) sum_generated += weight;
+                }
+                lse.push_back(static_cast<float>(std::log(sum_all)));
+                const size_t row = (static_cast<size_t>(b) * c.heads + h) * rows + i / c.block;
+                for (int j = 0; j < x.length(c, b); ++j) {
+                    const double weight = std::exp(x.score(c, b, h, i, j)) / (c.block * c.block);
+                    const int block = j / c.block;
+                    all[row * columns + block] += weight / sum_all;
+                    if (block >= first) generated[row * c.new_blocks + block - first] += weight / sum_generated;
+                }
+            }
+    std::vector<float> over_all(all.size(), NAN), over_generated(generated.size(), NAN), workspace(2 * lse.size(), NAN);
+    ImportanceProblem p{};
+    x.set(p, c);
+    p.first_generated = first, p.lse = given ? lse.data() : nullptr;
+    p.over_all = over_all.data(), p.over_generated = over_generated.data(), p.workspace = workspace.data();
+    launch_importance(p, on_host);
+    const double bound = 5e-6;
+    const bool good = report(c.name, given ? "all, given" : "all", error_of(all, [&](size_t i) { return over_all[i]; }), bound);
+    return report(c.name, "generated", error_of(generated, [&](size_t i) { return over_generated[i]; }), bound) && good;
+}
+
 constexpr Element F32 = Element::float32, BF16 = Element::bfloat16, F16 = Element::float16;
 const Case kCases[] = {
     // name, type, batch, heads, kv, Lq, Lk, D, block, density, wide, shared, lengths, int8, gap, scale, new blocks
@@ -325,8 +366,9 @@ const Case kCases[] = {
     {"long heads, groups", BF16, 1, 4, 2, 150, 300, 128, 128, 0.6, false, false, false, false, 8, 0.09f, 1},
     {"lengths", F16, 3, 2, 1, 70, 100, 40, 64, 0.8, true, false, true, false, 8, 0.2f, 1},
     {"lengths, small blocks", BF16, 3, 2, 1, 70, 100, 40, 32, 0.5, false, false, true, false, 0, 0.2f, 2},
-    {"blocks of 16", F16, 1, 2, 2, 90, 75, 24, 16, 0.4, false, true, false, false, 0, 0.2f, 2},
+    {"blocks of 16", F16, 1, 2, 2, 90, 75, 24, 16, 0.4, false, true, false, false, 0, 0.2f, 5},
     {"negative scale", F16, 1, 1, 1, 64, 64, 128, 64, 1.0, true, false, false, false, 0, -0.1f, 1},
+    {"attention sink", F16, 1, 1, 1, 70, 160, 64, 64, 1.0, true, false, false, false, 0, 0.125f, 1, true},
     {"longest heads", BF16, 1, 1, 1, 130, 140, 256, 128, 0.8, true, false, false, false, 0, 0.06f, 1},
     {"longest heads, small blocks", F16, 1, 1, 1, 40, 60, 200, 32, 0.6, true, false, false, false, 0, 0.06f, 1},
     {"float", F32, 2, 2, 1, 150, 100, 64, 64, 0.6, false, false, true, false, 4, 0.125f, 1},
@@ -349,7 +391,10 @@ int main() {
         const Inputs x(c);
         const Oracle o = oracle_of(c, x);
         good = run_forward(c, x, o) && good;
-        if (!c.int8) good = run_backward(c, x, o) && good;
+        if (c.int8) continue;
+        good = run_backward(c, x, o) && good;
+        good = run_importance(c, x, false) && good;
+        good = run_importance(c, x, true) && good;
     }
     return good ? 0 : 1;
 }
