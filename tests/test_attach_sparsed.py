@@ -409,6 +409,29 @@ def test_sdpa_understands_padding():
         assert kept[0].all() and not kept[1].all()
 
 
+@torch.no_grad()
+def test_multihead_attention_by_itself():
+    """Its fast path and its path with weights do not call scaled_dot_product_attention."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mixer = nn.MultiheadAttention(32, 2, batch_first=True)
+
+        def forward(self, x, **options):
+            return self.mixer(x, x, x, **options)[0]
+
+    model = Model().eval()
+    expected = call_network(model, need_weights=False)
+    handle = pdn.attach_sparsed(model, block_size=16, kind="sdpa", select=0.2)
+    outputs = generate(handle, lambda model: call_network(model, need_weights=False))
+    assert_close(outputs[0], expected)
+    assert not torch.allclose(outputs[-1], expected, 1e-3, 1e-3)
+    assert [e.layer for e in handle.report().layers] == ["mixer"]
+    with handle.step(0, 5), pytest.raises(RuntimeError, match="'mixer' was asked for its attention weights"):
+        call_network(model)
+
+
 def test_sdpa_keeps_cross_attention_and_what_is_named():
     class Cross(nn.Module):
         def forward(self, x):

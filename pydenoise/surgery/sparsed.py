@@ -272,6 +272,16 @@ def _attach_sdpa(handle: SparsedHandle, policy: Policy) -> _ForwardAttachment:
             handle.leave_alone(name, "named in keep")
         attachment.add(
             module, name or type(module).__name__, None if kept else handle.route,
-            must_call="" if name else "the model's forward made no call of F.scaled_dot_product_attention",
+            must_call="" if kept else _must_call(name, module),
         )  # fmt: skip
     return attachment
+
+
+def _must_call(name: str, module: nn.Module) -> str:
+    """What is wrong with a forward of this module that makes no attention call; "" where that is normal."""
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            f"nn.MultiheadAttention {name!r} was asked for its attention weights, so it cannot be sparse; call it with "
+            "need_weights=False, or name it in keep"
+        )
+    return "" if name else "the model's forward made no call of F.scaled_dot_product_attention"

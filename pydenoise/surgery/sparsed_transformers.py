@@ -142,6 +142,13 @@ def _refuse_causal(models: list[nn.Module], names: dict[int, str], keeps: Callab
 
 
 def _register() -> None:
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise ValueError(
+            f"model: its attention is reached in transformers 5 or later, this is {transformers.__version__}; if it "
+            "calls F.scaled_dot_product_attention, attach with kind='sdpa'"
+        )
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
