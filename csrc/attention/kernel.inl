@@ -70,11 +70,16 @@ __attribute__((noinline)) void attend_tile(const AttentionParams& p, const Queri
         store(s.top + v * kWidth, add_mask(p.mask, q.image, q.head, q.first + tile + v * kWidth,
                                            q.count - tile - v * kWidth, c.first, c.keys, s.scores + v * kWidth, kStep));
     const bool moved = move_references<Vectors>(state, s.top, s.kept);
-    weigh<ValueCells, Vectors>(state, c.keys, s.scores);
     const Before before = !begun ? Before::none : moved ? Before::scaled : Before::kept;
-    each_group(p.size, [&]<int Rows>(int64_t first, int64_t groups) {
-        mix_groups<ValueCells, Rows, Vectors>(c.value, c.value_parts, first, groups, c.value_bytes, s.scores, before,
-                                              s.kept, state.sums);
+    const int64_t mixed = least(kFirstRows, p.size);
+    groups_of<kFirstRows>(mixed, 0, 1, [&]<int Rows>(int64_t, int64_t) {
+        weigh_and_mix<ValueCells, Rows, Vectors>(state, c.value, c.value_parts, c.value_bytes, c.keys, s.scores, before,
+                                                 s.kept);
+    });
+    if (p.size == mixed) return;
+    each_group(p.size - mixed, [&]<int Rows>(int64_t first, int64_t groups) {
+        mix_groups<ValueCells, Rows, Vectors>(c.value, c.value_parts, mixed + first, groups, c.value_bytes, s.scores,
+                                              before, s.kept, state.sums);
     });
 }
 
@@ -100,7 +105,7 @@ PDN_INLINE void write_rows(const AttentionParams& p, const Queries& q, int64_t a
         for (int64_t i = 0; i < live; ++i) store_some(out + i * p.output_row_stride + d, block[i], n);
     }
     if (p.lse == nullptr) return;
-    const vf sum = (log2_positive(total) + load(s.reference)) * kLn2 + load_some(shifts, live);
+    const vf sum = load(s.reference) * kLn2 + (log2_positive(total) * kLn2 + load_some(shifts, live));
     const vf lse = select(total == 0.f, splat(kNothing), select(total != total, total, sum));
     float* to = p.lse + (q.image * p.heads + q.head) * p.query.count + q.first + at;
     live == kWidth ? store(to, lse) : store_partial(to, lse, static_cast<int>(live));

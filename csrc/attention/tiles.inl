@@ -132,39 +132,6 @@ PDN_INLINE bool move_references(const State& s, const float* top, float* kept) {
     return any(moved);
 }
 
-// The exponentials of `keys` scores in their place, as cells of keys; the last cell is filled up with zeros.
-template <class Cells, int Vectors>
-__attribute__((noinline)) void weigh(const State& s, int64_t keys, float* scores) {
-    constexpr int64_t kStep = Vectors * kWidth;
-    for (int v = 0; v < Vectors; ++v) {
-        const vf reference = load(s.reference + v * kWidth);
-        const vf zero = select(reference == kNothing, vf{}, reference);  // no key counts yet: weights 0, not NaN
-        vf total{}, check = load(s.checks + v * kWidth);
-        float* const row = scores + v * kWidth;
-#if defined(__AVX512BF16__)
-        if constexpr (Cells::kPerCell == 2) {
-            vi order{};  // lane i of both, beside each other
-            for (int i = 0; i < kWidth; ++i) order[i] = i | (i + kWidth) << 16;
-            for (int64_t i = 0; i < keys; i += 2) {
-                const vf even = exp2_checked<4>(load(row + i * kStep) - zero, check);
-                const vf odd = i + 1 < keys ? exp2_checked<4>(load(row + (i + 1) * kStep) - zero, check) : vf{};
-                total += even + odd;
-                const __m512i pairs = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
-                store(row + i / 2 * kStep, (vf)_mm512_permutexvar_epi16((__m512i)order, pairs));
-            }
-        }
-#endif
-        if constexpr (Cells::kPerCell == 1)
-            for (int64_t i = 0; i < keys; ++i) {
-                const vf weight = exp2_checked<5>(load(row + i * kStep) - zero, check);
-                total += weight;
-                store(row + i * kStep, weight);
-            }
-        store(s.totals + v * kWidth, load(s.totals + v * kWidth) + total);
-        store(s.checks + v * kWidth, check);
-    }
-}
-
 // ------------------------------------------------------------------------------------------------------------ values
 
 // Values of keys that lie one after another, in cells of keys.
@@ -175,6 +142,97 @@ struct ValuePart {
 
 // What becomes of the sums before: nothing, if there are none; added to as they are; or by the factors `kept`.
 enum class Before { none, kept, scaled };
+
+template <int Rows, int Vectors>
+PDN_INLINE void add_to_sums(vf (&mixed)[Rows][Vectors], Before before, const float* kept, float* sums) {
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+            float* const out = sums + (r * Vectors + v) * kWidth;
+            if (before == Before::kept) mixed[r][v] += load(out);
+            if (before == Before::scaled) mixed[r][v] += load(out) * load(kept + v * kWidth);
+            store(out, mixed[r][v]);
+        }
+}
+
+// Weights of the keys of one cell: scores [kPerCell][Vectors] become exponentials, the cell's vectors of them.
+template <class Cells, int Vectors>
+struct Weights {
+    vf reference[Vectors], total[Vectors], check[Vectors];
+
+    PDN_INLINE explicit Weights(const State& s) {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+            const vf at = load(s.reference + v * kWidth);
+            reference[v] = select(at == kNothing, vf{}, at);  // no key counts yet: weights 0, not NaN
+            total[v] = vf{};
+            check[v] = load(s.checks + v * kWidth);
+        }
+    }
+    PDN_INLINE vf of_cell(const float* scores, int v, [[maybe_unused]] bool whole) {
+#if defined(__AVX512BF16__)
+        if constexpr (Cells::kPerCell == 2) {
+            // degree 3: off by a twentieth of what rounding to bfloat16 is
+            const vf even = exp2_checked<3>(load(scores + v * kWidth) - reference[v], check[v]);
+            vf odd{};  // fills up a cell of one key
+            if (whole) odd = exp2_checked<3>(load(scores + (Vectors + v) * kWidth) - reference[v], check[v]);
+            total[v] += even + odd;
+            vi order{};  // lane i of both, beside each other
+            for (int i = 0; i < kWidth; ++i) order[i] = i | (i + kWidth) << 16;
+            const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+            return (vf)_mm512_permutexvar_epi16((__m512i)order, pair);
+        }
+#endif
+        const vf weight = exp2_checked<5>(load(scores + v * kWidth) - reference[v], check[v]);
+        total[v] += weight;
+        return weight;
+    }
+    PDN_INLINE void keep(const State& s) const {
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) {
+            store(s.totals + v * kWidth, load(s.totals + v * kWidth) + total[v]);
+            store(s.checks + v * kWidth, check[v]);
+        }
+    }
+};
+
+constexpr int kFirstRows = 3;  // the elements that are mixed while weights are made
+
+// The scores of a chunk become weights, in their place; the first Rows elements are mixed on the way, since products
+// and exponentials together keep all units busy.
+template <class Cells, int Rows, int Vectors>
+__attribute__((noinline)) void weigh_and_mix(const State& s, const ValuePart* parts, int64_t part_count,
+                                             int64_t value_bytes, int64_t keys, float* scores, Before before,
+                                             const float* kept) {
+    constexpr int64_t kStep = Vectors * kWidth;
+    Weights<Cells, Vectors> weights(s);
+    vf mixed[Rows][Vectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 4
+        for (int v = 0; v < Vectors; ++v) mixed[r][v] = vf{};
+    float* out = scores;
+    for (int64_t i = 0; i < part_count; ++i) {
+        const char* value = parts[i].values;
+        for (int64_t cell = 0; cell < parts[i].cells; ++cell) {
+#pragma GCC unroll 4
+            for (int v = 0; v < Vectors; ++v) {
+                const vf weight = weights.of_cell(scores, v, keys > 1);
+                store(out + v * kWidth, weight);
+#pragma GCC unroll 8
+                for (int r = 0; r < Rows; ++r)
+                    mixed[r][v] = Cells::add_product(mixed[r][v], Cells::repeated(value + 4 * r), weight);
+            }
+            value += value_bytes;
+            scores += Cells::kPerCell * kStep;
+            out += kStep;
+            keys -= Cells::kPerCell;
+        }
+    }
+    weights.keep(s);
+    add_to_sums(mixed, before, kept, s.sums);
+}
 
 // `groups` times Rows elements from `first` on: sums [element][query] of weight times value over all parts.
 template <class Cells, int Rows, int Vectors>
@@ -195,15 +253,7 @@ __attribute__((noinline)) void mix_groups(const ValuePart* parts, int64_t part_c
             add_products<Cells, Vectors>(values, 4, value_bytes, row, parts[i].cells, mixed);
             row += parts[i].cells * kStep;
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 4
-            for (int v = 0; v < Vectors; ++v) {
-                float* const out = sums + r * kStep + v * kWidth;
-                if (before == Before::kept) mixed[r][v] += load(out);
-                if (before == Before::scaled) mixed[r][v] += load(out) * load(kept + v * kWidth);
-                store(out, mixed[r][v]);
-            }
+        add_to_sums(mixed, before, kept, sums);
         sums += Rows * kStep;
     }
 }

@@ -1,7 +1,7 @@
 // Stand-alone check and timing of csrc/attention, without torch:
 //   g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno [ISA flags] tests/native/attention_harness.cpp -o harness
 //   ./harness                                              all cases against double precision; exit 1 on a failure
-//   ./harness time QUERIES KEYS HEADS SIZE [DTYPE REPEATS]  best microseconds of packing and of attention, one thread
+//   ./harness time QUERIES KEYS HEADS SIZE [DTYPE REPEATS]  best microseconds, one thread
 #include <time.h>
 
 #include <algorithm>
@@ -15,6 +15,8 @@
 #include <vector>
 
 #include "../../csrc/attention/kernel.inl"
+#include "aligned.h"
+#include "sparse_attention_check.h"
 
 using namespace pdn;
 using namespace pdn::attention;
@@ -56,15 +58,9 @@ const Case kCases[] = {
     {"float16, short heads", DType::float16, 1, 10, 33, 2, 5},
 };
 
-// Where scratch memory begins in practice; exactly as long as asked for, so that sanitizers see what lies beyond.
-struct Memory {
-    char* data;
-    explicit Memory(int64_t bytes)
-        : data(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(bytes + 63) / 64 * 64))) {
-        std::memset(data, 0xff, static_cast<size_t>(bytes));
-    }
-    ~Memory() { std::free(data); }
-};
+Values<char> scratch_of(const AttentionParams& p) {
+    return Values<char>(static_cast<size_t>(scratch_bytes(p)), static_cast<char>(0xff));
+}
 
 uint16_t narrowed(float x, DType dtype) { return dtype == DType::bfloat16 ? to_bf16(x) : to_fp16(x).bits; }
 float widened(uint16_t x, DType dtype) { return dtype == DType::bfloat16 ? from_bf16(x) : from_fp16({x}); }
@@ -151,11 +147,11 @@ struct Problem {
 };
 
 void run(const AttentionParams& p) {
-    const Memory scratch(scratch_bytes(p));
+    Values<char> scratch = scratch_of(p);
     for (int64_t head = 0; head < p.batch * p.heads; ++head)
         for (int64_t q = 0; q < p.query.count; q += kQueryBlock)
             attend(p, head / p.heads, head % p.heads, q, std::min(p.query.count, q + kQueryBlock), nullptr,
-                   scratch.data);
+                   scratch.data());
 }
 
 bool check(const Case& c) {
@@ -200,10 +196,10 @@ bool check_rows() {
             const auto at = static_cast<size_t>(9 * query.tokens.row_stride);  // head 0 of query 9
             query.floats[at] = NAN;
             if (!query.halves.empty()) query.halves[at] = 0x7fc0;
-            const Memory scratch(scratch_bytes(poisoned.p));
+            Values<char> scratch = scratch_of(poisoned.p);
             for (int64_t head = 0; head < 2; ++head)
                 for (int64_t q = c.queries - 1; q >= 0; q -= 2)  // pairs of queries, last first
-                    attend(poisoned.p, 0, head, std::max<int64_t>(0, q - 1), q + 1, nullptr, scratch.data);
+                    attend(poisoned.p, 0, head, std::max<int64_t>(0, q - 1), q + 1, nullptr, scratch.data());
             for (int64_t i = 0; i < c.queries * 2 * size; ++i) {
                 const double a = whole.result(static_cast<size_t>(i)), b = poisoned.result(static_cast<size_t>(i));
                 const bool struck = i / (2 * size) == 9 && i % (2 * size) < size;
@@ -242,7 +238,7 @@ double multiply_adds() {
 void measure(const Case& c, int repeats) {
     Problem problem(c);
     const AttentionParams& p = problem.p;
-    const Memory scratch(scratch_bytes(p));
+    Values<char> scratch = scratch_of(p);
     const double rate = multiply_adds();
     double attending = 0;
     for (int64_t head = 0; head < p.heads; ++head)
@@ -250,7 +246,7 @@ void measure(const Case& c, int repeats) {
             double best = 1e30;
             for (int i = 0; i < repeats; ++i) {
                 const double begin = now();
-                attend(p, 0, head, q, std::min(p.query.count, q + kQueryBlock), nullptr, scratch.data);
+                attend(p, 0, head, q, std::min(p.query.count, q + kQueryBlock), nullptr, scratch.data());
                 best = std::min(best, now() - begin);
             }
             attending += best;
@@ -277,6 +273,7 @@ int main(int argc, char** argv) {
         return 0;
     }
     bool right = check_rows();
+    right = check_all_sparse() && right;
     for (const Case& c : kCases) right = check(c) && right;
     return right ? 0 : 1;
 }
