@@ -14,11 +14,14 @@ SOURCES = [
     "csrc/int8_conv2d/cuda.cu",
     "csrc/norm_quantize/cuda.cu",
     "csrc/quantize/cuda.cu",
+    "csrc/block_sparse_attention/cuda.cu",
+    "csrc/block_sparse_attention/cuda_backward.cu",
+    "csrc/block_importance/cuda.cu",
 ]
-BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_int8.cpp"]
+BINDINGS = ["csrc/bindings/cuda.cpp", "csrc/bindings/cuda_int8.cpp", "csrc/bindings/cuda_attention.cpp"]
 # sm_80 code also runs on 8.6 and 8.9, sm_90a on H100 and H200 (wgmma, the int8 tensor cores' full rate); newer ones
 # compile the PTX of the last portable one, sm_80, when they first load the library. Every further architecture adds
-# about fifteen seconds of one core to an installation.
+# about fifty seconds of one core to an installation.
 DEFAULT_ARCHS = "80,90a"
 FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", "0"]
 

@@ -1,7 +1,7 @@
 // Importance of blocks on CUDA. Raw pointers only; no torch.
 //
-// query [B, H, Lq, D], key [B, Hkv, Lk, D] with adjacent last dims; D is a multiple of 8 and at most kMaxSize, rows start
-// at multiples of 16 bytes. Everything else is dense.
+// query [B, H, Lq, D], key [B, Hkv, Lk, D] with adjacent last dims; D is a multiple of 8 and at most kMaxSize, rows
+// start at multiples of 16 bytes. Everything else is dense.
 #pragma once
 
 #include "../core/cuda_attention.h"

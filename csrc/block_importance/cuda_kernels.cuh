@@ -1,4 +1,5 @@
-// Importance of blocks on mma.sync: the scores of a block of queries with all keys, in two passes that keep none of them.
+// Importance of blocks on mma.sync: the scores of a block of queries with all keys, in two passes that keep none of
+// them.
 //
 // The first pass finds each row's log-sum-exp over the keys before and from block `first_generated` on; what the caller
 // gives is not computed. The second forms the scores again and adds up the probabilities of each block of keys.
@@ -24,18 +25,19 @@ struct ImportanceTile {
     static constexpr int kSharedBytes = kSums + 2 * kWarps * 2 * 4, kResident = kSharedBytes > 70 << 10 ? 2 : 3;
 };
 
-// The log-sum-exps of a problem: over all keys, and over those from `first_generated` on; null where not needed.
+// The log-sum-exps of a problem: over all keys, and over those from `first_generated` on.
 struct RowSums {
+    bool find_all, find_generated;  // or given, or the same
+    float *found_all, *found_generated;
     const float *all, *generated;
-    float *write_all, *write_generated;
+    int64_t floats;  // of the workspace
 
     PDN_HD explicit RowSums(const ImportanceProblem& p) {
         const int64_t rows = static_cast<int64_t>(p.batch) * p.heads * p.queries;
-        const bool apart = p.first_generated > 0 && p.first_generated < p.key_blocks;
-        write_all = p.lse ? nullptr : p.workspace;
-        all = p.lse ? p.lse : p.workspace;
-        write_generated = apart ? p.workspace + (p.lse ? 0 : rows) : nullptr;
-        generated = apart ? write_generated : all;
+        find_all = p.lse == nullptr, find_generated = p.first_generated > 0 && p.first_generated < p.key_blocks;
+        floats = rows * ((find_all ? 1 : 0) + (find_generated ? 1 : 0));
+        found_all = p.workspace, found_generated = find_all && find_generated ? p.workspace + rows : p.workspace;
+        all = find_all ? found_all : p.lse, generated = find_generated ? found_generated : all;
     }
 };
 
@@ -80,7 +82,8 @@ struct ScoreStream {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) row_sums_kernel(const __grid_constant__ ImportanceProblem p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    row_sums_kernel(const __grid_constant__ ImportanceProblem p) {
     constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS;
     PDN_SHARED(memory);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -89,7 +92,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) row_sums_kern
     const RowSums to(p);
     ScoreStream<Tile> stream(p, at, shared_address(memory), thread);
     const int border = (p.first_generated << p.log_block) / KEYS;  // steps before the generated keys
-    const int first = to.write_all ? 0 : border, end = (stream.length + KEYS - 1) / KEYS;
+    const int first = to.find_all ? 0 : border, end = (stream.length + KEYS - 1) / KEYS;
     const float factor = p.scale * kLog2E;
     const bool active = warp * 16 * MT < at.rows;
     stream.copy_queries(p, at);
@@ -128,8 +131,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) row_sums_kern
             if (lane % 4 || row >= at.rows) continue;
             const int64_t index = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + at.row + row;
             const float last = rows.log_sum(i, h);
-            if (to.write_all) to.write_all[index] = log_add(before[i][h], last);
-            if (to.write_generated) to.write_generated[index] = end > border ? last : negative_infinity();
+            if (to.find_all) to.found_all[index] = log_add(before[i][h], last);
+            if (to.find_generated) to.found_generated[index] = end > border ? last : negative_infinity();
         }
 }
 
@@ -154,12 +157,13 @@ PDN_DEVICE void add_weights(const float (&scores)[MT][NT][4], const float (&lse)
         }
 }
 
-// Where the generated keys get less than this share of a row (as a power of two), their probabilities are not those over
-// all keys times a factor: the latter may be too small for a float.
+// Where the generated keys get less than this share of a row (as a power of two), their probabilities are not those
+// over all keys times a factor: the latter may be too small for a float.
 constexpr float kSmallShare = 60.f;
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) block_sums_kernel(const __grid_constant__ ImportanceProblem p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    block_sums_kernel(const __grid_constant__ ImportanceProblem p) {
     constexpr int MT = Tile::MT, NT = Tile::NT, KEYS = Tile::KEYS;
     PDN_SHARED(memory);
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
@@ -267,7 +271,7 @@ const char* launch_importance(const ImportanceProblem& p, const Launch& launch) 
         const int64_t heads = static_cast<int64_t>(p.batch) * p.heads;
         const RowSums sums(p);
         const char* why = nullptr;
-        if (sums.write_all || sums.write_generated)
+        if (sums.find_all || sums.find_generated)
             why = launch(row_sums_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), 1,
                          Tile::kThreads, Tile::kSharedBytes, p);
         if (why) return why;

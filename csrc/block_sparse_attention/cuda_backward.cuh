@@ -1,9 +1,9 @@
 // Gradients of block-sparse attention on mma.sync: one kernel for those of queries, one for those of keys and values.
 //
-// Both recompute the probabilities from the scores and the forward's log-sum-exp. The first walks over the blocks of keys
-// that a block of queries keeps; the second over the blocks of queries that read a block of keys, of all heads that share
-// it, with rows and columns exchanged: a warp owns 16 keys, so that transposed probabilities are already the left operand
-// of its products. Each sum has one owner and one order: results do not depend on the schedule.
+// Both recompute the probabilities from the scores and the forward's log-sum-exp. The first walks over the blocks of
+// keys that a block of queries keeps; the second over the blocks of queries that read a block of keys, of all heads
+// that share it, with rows and columns exchanged: a warp owns 16 keys, so that transposed probabilities are already the
+// left operand of its products. Each sum has one owner and one order: results do not depend on the schedule.
 #pragma once
 
 #include "../core/cuda_attention.cuh"
@@ -15,15 +15,15 @@ namespace {
 using block_sparse_attention::cuda::BackwardProblem;
 using cuda::Element;
 
-// 16 rows a warp, ROWS rows a thread block, STEP tokens of the other side a step, in two buffers. Padding of D to SIZE is
-// zeros.
+// 16 rows a warp, ROWS rows a thread block, STEP tokens of the other side a step, in two buffers. Padding of D to SIZE
+// is zeros.
 template <typename T_, int SIZE_, int ROWS_, int STEP_>
 struct BackwardTile {
     using T = T_;
     static constexpr int SIZE = SIZE_, ROWS = ROWS_, STEP = STEP_, NT = STEP / 8, DT = SIZE / 8;
     static constexpr int kChunks = SIZE * static_cast<int>(sizeof(T)) / 16, kPitch = round_up(kChunks * 16, 128);
     static constexpr int kThreads = ROWS * 2, kRowsBytes = ROWS * kPitch, kStepBytes = STEP * kPitch;
-    static constexpr int kStages = 2 * kRowsBytes;          // two tiles of rows, then the stages
+    static constexpr int kStages = 2 * kRowsBytes;            // two tiles of rows, then the stages
     static constexpr int kFloats = kStages + 4 * kStepBytes;  // two tiles each; then log-sum-exps and deltas of a stage
     static constexpr int kSharedBytes = kFloats + 2 * 2 * STEP * 4;
     static constexpr bool SPLIT = SIZE > 128;  // registers hold the sums of keys or of values, not both
@@ -58,8 +58,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         if (loading.number < steps) {
             const uint32_t to = base + Tile::kStages + (loading.number & 1) * 2 * Tile::kStepBytes;
             const int first = loading.first(kept), existing = loading.existing(kept);
-            copy_rows<KEYS, Tile::kChunks, Tile::kThreads>(to, Tile::kPitch, keys + first * key_bytes, key_bytes, existing,
-                                                           chunks, thread);
+            copy_rows<KEYS, Tile::kChunks, Tile::kThreads>(to, Tile::kPitch, keys + first * key_bytes, key_bytes,
+                                                           existing, chunks, thread);
             copy_rows<KEYS, Tile::kChunks, Tile::kThreads>(to + Tile::kStepBytes, Tile::kPitch,
                                                            values + first * value_bytes, value_bytes, existing, chunks,
                                                            thread);
@@ -228,7 +228,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         loading.advance(p, at);
         copy(stage ^ 1);
         if (!active) continue;
-        const uint32_t queries = base + Tile::kStages + stage * 2 * Tile::kStepBytes, grads = queries + Tile::kStepBytes;
+        const uint32_t queries = base + Tile::kStages + stage * 2 * Tile::kStepBytes,
+                       grads = queries + Tile::kStepBytes;
         const float* lse = reinterpret_cast<const float*>(memory + Tile::kFloats + stage * 2 * QUERIES * 4);
         float weights[1][NT][4];
         clear(weights);
@@ -295,7 +296,8 @@ template <typename Launch>
 const char* launch_backward(const BackwardProblem& p, const Launch& launch) {
     return with_backward_tile(p, [&](auto tile) {
         using Tile = decltype(tile);
-        const int64_t heads = static_cast<int64_t>(p.batch) * p.heads, kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
+        const int64_t heads = static_cast<int64_t>(p.batch) * p.heads,
+                      kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
         const char* why = launch(query_grad_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), 1,
                                  Tile::kThreads, Tile::kSharedBytes, p);
         if (why) return why;

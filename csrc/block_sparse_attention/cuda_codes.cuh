@@ -17,14 +17,15 @@ constexpr int kCodeThreads = 256, kMeanTokens = 512;  // tokens of a partial sum
 
 // Places in the workspace, and its size.
 struct Codes {
-    int8_t *query, *key;               // [B, H, Lq, pitch], [B, Hkv, Lk, pitch]
-    float *query_scale, *key_scale;    // for each block
-    float *query_mean, *mean, *sums;   // query . mean for each query; [B, Hkv, D]; [B, Hkv, parts, D]
+    int8_t *query, *key;              // [B, H, Lq, pitch], [B, Hkv, Lk, pitch]
+    float *query_scale, *key_scale;   // for each block
+    float *query_mean, *mean, *sums;  // query . mean for each query; [B, Hkv, D]; [B, Hkv, parts, D]
     int pitch, parts;
     int64_t bytes;
 
     PDN_HD Codes(const ForwardProblem& p) {
-        const int64_t heads = static_cast<int64_t>(p.batch) * p.heads, kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
+        const int64_t heads = static_cast<int64_t>(p.batch) * p.heads,
+                      kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
         pitch = round_up(p.size, 16), parts = (p.keys + kMeanTokens - 1) / kMeanTokens;
         char* at = static_cast<char*>(p.workspace);
         auto take = [&at](int64_t count, int64_t element) {
@@ -83,7 +84,8 @@ __global__ void __launch_bounds__(kCodeThreads) key_mean_kernel(const __grid_con
     float total = 0.f;
     for (int part = 0; part < codes.parts; ++part)
         total += codes.sums[(static_cast<int64_t>(index) * codes.parts + part) * p.size + thread];
-    codes.mean[static_cast<int64_t>(index) * p.size + thread] = divide(total, static_cast<float>(length > 0 ? length : 1));
+    codes.mean[static_cast<int64_t>(index) * p.size + thread] =
+        divide(total, static_cast<float>(length > 0 ? length : 1));
 }
 
 // The largest magnitude of a thread block's numbers; NaN if one is NaN.
@@ -106,20 +108,22 @@ __global__ void __launch_bounds__(kCodeThreads) codes_kernel(const __grid_consta
     float* shared = reinterpret_cast<float*>(memory);
     const Codes codes(p);
     const int heads = KEYS ? p.kv_heads : p.heads, all = KEYS ? p.keys : p.queries;
-    const Place at = place_of(blockIdx.x, heads, KEYS ? p.key_blocks : p.query_blocks, p.log_block, 1 << p.log_block, all);
+    const Place at =
+        place_of(blockIdx.x, heads, KEYS ? p.key_blocks : p.query_blocks, p.log_block, 1 << p.log_block, all);
     const int thread = threadIdx.x;
     const int kv_head = KEYS ? at.head : at.head / (p.heads / p.kv_heads);
     const float* mean = codes.mean + (static_cast<int64_t>(at.batch) * p.kv_heads + kv_head) * p.size;
     const int exist = KEYS ? length_of(p.key_lengths, at.batch, p.keys) - at.row : at.rows;  // rows that count
     const Tokens& from = KEYS ? p.key : p.query;
-    // Each row is the work of a warp; a lane takes eight numbers (D <= 256). Rows are read twice: they are in the cache.
+    // Each row is the work of a warp; a lane takes eight numbers (D <= 256). Rows are read twice: they are in the
+    // cache.
     const int column = thread % 32, warp = thread / 32, warps = kCodeThreads / 32;
     Float4 average[2]{};
     if (column * 8 < p.size) {
 #pragma unroll
         for (int i = 0; i < 8; ++i) average[i / 4].v[i % 4] = mean[column * 8 + i];
     }
-    auto load = [&](int row, Float4 (&x)[2]) {
+    auto load = [&](int row, Float4(&x)[2]) {
         const bool counts = row < exist && column * 8 < p.size;
         x[0] = Float4{}, x[1] = Float4{};
         if (counts) load8(element_row(from, p.type, at.batch, at.head, at.row + row), p.type, column * 8, 8, true, x);
@@ -148,7 +152,8 @@ __global__ void __launch_bounds__(kCodeThreads) codes_kernel(const __grid_consta
     if (grid.scale < kSmallestScale) grid.scale = 1.f;
     const int64_t head = static_cast<int64_t>(at.batch) * heads + at.head;
     if (thread == 0)
-        (KEYS ? codes.key_scale : codes.query_scale)[head * (KEYS ? p.key_blocks : p.query_blocks) + at.block] = grid.scale;
+        (KEYS ? codes.key_scale : codes.query_scale)[head * (KEYS ? p.key_blocks : p.query_blocks) + at.block] =
+            grid.scale;
     int8_t* to = (KEYS ? codes.key : codes.query) + (head * all + at.row) * codes.pitch;
     if (column * 8 >= codes.pitch) return;
     for (int row = warp; row < at.rows; row += warps) {

@@ -33,7 +33,8 @@ struct ForwardTile {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) forward_kernel(const __grid_constant__ ForwardProblem p) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
+    forward_kernel(const __grid_constant__ ForwardProblem p) {
     using T = typename Tile::T;
     constexpr int MT = Tile::MT, NT = Tile::NT, DT = Tile::DT, KEYS = Tile::KEYS;
     PDN_SHARED(memory);
@@ -70,22 +71,22 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) forward_kerne
     int slot = 0;  // of the tile to multiply with
     auto copy_keys = [&](int to, const char* keys) {
         if (loading.number < steps)
-            copy_rows<KEYS, Tile::kScoreChunks, Tile::kThreads>(
-                ring + to * Tile::kSlot, Tile::kScorePitch, keys + loading.first(kept) * key_bytes, key_bytes,
-                loading.existing(kept), score_chunks, thread);
+            copy_rows<KEYS, Tile::kScoreChunks, Tile::kThreads>(ring + to * Tile::kSlot, Tile::kScorePitch,
+                                                                keys + loading.first(kept) * key_bytes, key_bytes,
+                                                                loading.existing(kept), score_chunks, thread);
         copies_commit();
     };
     auto copy_values = [&](int to, const char* values) {
         if (loading.number < steps)
-            copy_rows<KEYS, Tile::kChunks, Tile::kThreads>(
-                ring + to * Tile::kSlot, Tile::kPitch, values + loading.first(kept) * value_bytes, value_bytes,
-                loading.existing(kept), chunks, thread);
+            copy_rows<KEYS, Tile::kChunks, Tile::kThreads>(ring + to * Tile::kSlot, Tile::kPitch,
+                                                           values + loading.first(kept) * value_bytes, value_bytes,
+                                                           loading.existing(kept), chunks, thread);
         copies_commit();
         computing = loading;
         loading.advance(kept);
     };
-    copy_rows<Tile::ROWS, Tile::kScoreChunks, Tile::kThreads>(
-        base, Tile::kScorePitch, queries + at.row * query_bytes, query_bytes, at.rows, score_chunks, thread);
+    copy_rows<Tile::ROWS, Tile::kScoreChunks, Tile::kThreads>(base, Tile::kScorePitch, queries + at.row * query_bytes,
+                                                              query_bytes, at.rows, score_chunks, thread);
     copy_keys(0, keys);
     copy_values(1, values);
 
@@ -156,7 +157,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident) forward_kerne
         }
     stage_rows<T>(memory + warp * 16 * MT * Tile::kPitch, Tile::kPitch, acc, inverse, lane);
     __syncthreads();
-    char* output = const_cast<char*>(rows_of<T>(p.output, place.batch, place.head)) + place.row * row_bytes<T>(p.output);
+    char* output =
+        const_cast<char*>(rows_of<T>(p.output, place.batch, place.head)) + place.row * row_bytes<T>(p.output);
     write_rows<Tile::kChunks, Tile::kThreads>(memory, Tile::kPitch, place.rows, output, row_bytes<T>(p.output), chunks,
                                               thread);
 }
@@ -198,7 +200,8 @@ auto with_forward_tile(const ForwardProblem& p, const F& f) {
 // why it failed, or null.
 template <typename Launch>
 const char* launch_forward(const ForwardProblem& p, const Launch& launch) {
-    const int64_t heads = static_cast<int64_t>(p.batch) * p.heads, kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
+    const int64_t heads = static_cast<int64_t>(p.batch) * p.heads,
+                  kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
     if (p.int8_scores) {
         const int parts = Codes(p).parts, sums_bytes = kCodeThreads * 8 * 4;
         const char* why = launch(key_sums_kernel, kv_heads * parts, 1, kCodeThreads, sums_bytes, p);
@@ -209,8 +212,8 @@ const char* launch_forward(const ForwardProblem& p, const Launch& launch) {
     }
     return with_forward_tile(p, [&](auto tile) {
         using Tile = decltype(tile);
-        return launch(forward_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), 1, Tile::kThreads,
-                      Tile::kSharedBytes, p);
+        return launch(forward_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), 1,
+                      Tile::kThreads, Tile::kSharedBytes, p);
     });
 }
 

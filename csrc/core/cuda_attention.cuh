@@ -77,8 +77,8 @@ PDN_DEVICE Place place_of(uint32_t index, int heads, int blocks, int log_block, 
     index /= static_cast<uint32_t>(blocks);
     const int first = static_cast<int>(slice) * rows, row = (block << log_block) + first;
     const int size = smaller(rows, (1 << log_block) - first);
-    return {static_cast<int>(index / static_cast<uint32_t>(heads)), static_cast<int>(index % static_cast<uint32_t>(heads)),
-            block, row, smaller(size, length - row)};
+    return {static_cast<int>(index / static_cast<uint32_t>(heads)),
+            static_cast<int>(index % static_cast<uint32_t>(heads)), block, row, smaller(size, length - row)};
 }
 
 // Thread blocks that cut `blocks` blocks of `heads` heads into slices of at most ROWS rows.
@@ -133,8 +133,8 @@ struct SoftmaxRows {
         for (int i = 0; i < MT; ++i) max[i][0] = max[i][1] = negative_infinity(), sum[i][0] = sum[i][1] = 0.f;
     }
 
-    // Takes in scores, which become exp2(score - max). What was summed before shrinks by `shrink`; true if that is not 1
-    // for some row of the warp.
+    // Takes in scores, which become exp2(score - max). What was summed before shrinks by `shrink`; true if that is not
+    // 1 for some row of the warp.
     template <int NT>
     PDN_DEVICE bool add(float (&scores)[MT][NT][4], float (&shrink)[MT][2]) {
         bool changed = false;

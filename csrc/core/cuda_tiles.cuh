@@ -68,8 +68,7 @@ PDN_DEVICE void product_nt_mma(Sum (&acc)[MT][NT][4], uint32_t a, uint32_t b, in
     for (int step = 0; step < steps; ++step) {
         uint32_t left[MT][4];
 #pragma unroll
-        for (int i = 0; i < MT; ++i)
-            load_matrices(left[i], along(at_a, step) + i * 16 * pitch);
+        for (int i = 0; i < MT; ++i) load_matrices(left[i], along(at_a, step) + i * 16 * pitch);
 #pragma unroll
         for (int j = 0; j < NT / 2; ++j) {
             uint32_t right[4];
@@ -220,7 +219,9 @@ PDN_DEVICE void product_nn(float (&acc)[MT][NT][4], const LeftOperand<float, MT,
 
 // ------------------------------------------------------------------------------------------------------------ results
 
-PDN_DEVICE void store_two(BFloat16* to, float x, float y) { *reinterpret_cast<uint32_t*>(to) = pack2(BFloat16{}, x, y); }
+PDN_DEVICE void store_two(BFloat16* to, float x, float y) {
+    *reinterpret_cast<uint32_t*>(to) = pack2(BFloat16{}, x, y);
+}
 PDN_DEVICE void store_two(Float16* to, float x, float y) { *reinterpret_cast<uint32_t*>(to) = pack2(Float16{}, x, y); }
 PDN_DEVICE void store_two(float* to, float x, float y) {
     struct alignas(8) Two {

@@ -193,9 +193,19 @@ def _reference_backward(grad, query, key, value, lse, delta, kv_counts, kv_indic
 registry.register(Backend(OP, "reference", 0, never, reference.block_sparse_attention, "the fallback: always last"))
 registry.register(Backend(OP_BACKWARD, "reference", 0, never, _reference_backward, "the fallback: always last"))
 
-from pydenoise.ops._rows import block_sparse_attention_backward_cpu, block_sparse_attention_cpu  # noqa: E402
+from pydenoise.ops._rows import (  # noqa: E402
+    block_sparse_attention_backward_cpu,
+    block_sparse_attention_backward_cuda,
+    block_sparse_attention_cpu,
+    block_sparse_attention_cuda,
+)
 
-_ROWS = (block_sparse_attention_cpu, block_sparse_attention_backward_cpu)
+_ROWS = (
+    block_sparse_attention_cpu,
+    block_sparse_attention_backward_cpu,
+    block_sparse_attention_cuda,
+    block_sparse_attention_backward_cuda,
+)
 
 for _module in _ROWS:
     for _row in _module.ROWS:

@@ -1,13 +1,12 @@
 // Runs the CUDA attention kernels on the host, lane by lane (cuda_emulator.h), against plain loops in double: block
 // lists, tails, masks, padding of heads, groups of heads, int8 scores, gradients, importances; memory accesses under
 // sanitizers, barriers and copies by the emulator. Prints one line per case; exits 1 if any is wrong.
-#include "cuda_emulator.h"
-
 #include <string>
 
 #include "../../csrc/block_importance/cuda_kernels.cuh"
 #include "../../csrc/block_sparse_attention/cuda_backward.cuh"
 #include "../../csrc/block_sparse_attention/cuda_forward.cuh"
+#include "cuda_emulator.h"
 
 namespace {
 
@@ -24,7 +23,8 @@ struct alignas(16) Chunk {
     char bytes[16];
 };
 
-// A tensor [B, H, L, D]: as `type` in memory with rows of `pitch` elements (what lies between is poison), and in double.
+// A tensor [B, H, L, D]: as `type` in memory with rows of `pitch` elements (what lies between is poison), and in
+// double.
 struct Tensor {
     Element type;
     int batch, heads, rows, size, pitch;
@@ -32,8 +32,14 @@ struct Tensor {
     std::vector<double> values;
 
     Tensor(Element t, int b, int h, int l, int d, int gap = 0)
-        : type(t), batch(b), heads(h), rows(l), size(d), pitch(d + gap),
-          memory((static_cast<size_t>(b) * h * l * pitch * 4 + 15) / 16), values(static_cast<size_t>(b) * h * l * d) {
+        : type(t),
+          batch(b),
+          heads(h),
+          rows(l),
+          size(d),
+          pitch(d + gap),
+          memory((static_cast<size_t>(b) * h * l * pitch * 4 + 15) / 16),
+          values(static_cast<size_t>(b) * h * l * d) {
         std::memset(memory.data(), 0xff, memory.size() * sizeof(Chunk));
     }
     void fill(double spread) {
@@ -53,7 +59,9 @@ struct Tensor {
         }
     }
     double get(size_t i) const { return load_element(memory.data(), type, static_cast<int64_t>(place(i))); }
-    const double* row(int b, int h, int l) const { return &values[((static_cast<size_t>(b) * heads + h) * rows + l) * size]; }
+    const double* row(int b, int h, int l) const {
+        return &values[((static_cast<size_t>(b) * heads + h) * rows + l) * size];
+    }
     cuda::Tokens tokens() const {
         const int64_t head = static_cast<int64_t>(rows) * pitch;
         return {memory.data(), head * heads, head, pitch};
@@ -79,7 +87,8 @@ struct Lists {
     std::vector<int16_t> narrow;
     std::vector<char> dense;
 
-    Lists(const Case& c, int r, int n) : batch(c.shared ? 1 : c.batch), heads(c.shared ? 1 : c.heads), rows(r), columns(n) {
+    Lists(const Case& c, int r, int n)
+        : batch(c.shared ? 1 : c.batch), heads(c.shared ? 1 : c.heads), rows(r), columns(n) {
         const int total = batch * heads * rows;
         dense.resize(static_cast<size_t>(total) * columns);
         for (auto& kept : dense) kept = (uniform() + 1) / 2 < c.density;
@@ -90,7 +99,8 @@ struct Lists {
         for (int i = 0; i < batch * heads; ++i)
             for (int r = 0; r < rows; ++r)
                 for (int c = 0; c < columns; ++c)
-                    dense[(static_cast<size_t>(i) * rows + r) * columns + c] = from.dense[(static_cast<size_t>(i) * columns + c) * rows + r];
+                    dense[(static_cast<size_t>(i) * rows + r) * columns + c] =
+                        from.dense[(static_cast<size_t>(i) * columns + c) * rows + r];
         collect();
     }
     void collect() {
@@ -98,15 +108,20 @@ struct Lists {
         counts.assign(total, 0), numbers.assign(static_cast<size_t>(total) * columns, -7);
         for (int i = 0; i < total; ++i)
             for (int c = 0; c < columns; ++c)
-                if (dense[static_cast<size_t>(i) * columns + c]) numbers[static_cast<size_t>(i) * columns + counts[i]++] = c;
+                if (dense[static_cast<size_t>(i) * columns + c])
+                    numbers[static_cast<size_t>(i) * columns + counts[i]++] = c;
         narrow.assign(numbers.begin(), numbers.end());
     }
     bool kept(int b, int h, int r, int c) const {
         return dense[((static_cast<size_t>(batch > 1 ? b : 0) * heads + (heads > 1 ? h : 0)) * rows + r) * columns + c];
     }
     cuda::BlockLists lists(bool wide) const {
-        return {counts.data(), wide ? static_cast<const void*>(numbers.data()) : narrow.data(), wide, columns,
-                batch > 1 ? static_cast<int64_t>(heads) * rows : 0, heads > 1 ? rows : 0};
+        return {counts.data(),
+                wide ? static_cast<const void*>(numbers.data()) : narrow.data(),
+                wide,
+                columns,
+                batch > 1 ? static_cast<int64_t>(heads) * rows : 0,
+                heads > 1 ? rows : 0};
     }
 };
 
@@ -120,8 +135,10 @@ struct Inputs {
     Lists lists;
 
     explicit Inputs(const Case& c)
-        : query(c.type, c.batch, c.heads, c.queries, c.size, c.gap), key(c.type, c.batch, c.kv_heads, c.keys, c.size, c.gap),
-          value(c.type, c.batch, c.kv_heads, c.keys, c.size), lists(c, blocks(c.queries, c), blocks(c.keys, c)) {
+        : query(c.type, c.batch, c.heads, c.queries, c.size, c.gap),
+          key(c.type, c.batch, c.kv_heads, c.keys, c.size, c.gap),
+          value(c.type, c.batch, c.kv_heads, c.keys, c.size),
+          lists(c, blocks(c.queries, c), blocks(c.keys, c)) {
         query.fill(1.0), key.fill(1.0), value.fill(1.0);
         if (c.sink) {  // a first key that takes nearly all of every row
             for (size_t i = 0; i < query.values.size(); ++i) query.put(i, 4.f), query.values[i] = query.get(i);
@@ -165,20 +182,23 @@ struct CodedScores {
         for (int i = 0; i < c.batch * c.kv_heads; ++i) {
             const int length = x.length(c, i / c.kv_heads);
             for (int j = 0; j < length; ++j)
-                for (int e = 0; e < d; ++e) mean[static_cast<size_t>(i) * d + e] += x.key.values[(static_cast<size_t>(i) * c.keys + j) * d + e] / length;
+                for (int e = 0; e < d; ++e)
+                    mean[static_cast<size_t>(i) * d + e] +=
+                        x.key.values[(static_cast<size_t>(i) * c.keys + j) * d + e] / length;
         }
         code(x.key.values, c.batch * c.kv_heads, c.keys, c, &x, key, key_scale);
         code(x.query.values, c.batch * c.heads, c.queries, c, nullptr, query, query_scale);
     }
-    void code(const std::vector<double>& values, int heads, int rows, const Case& c, const Inputs* keys, std::vector<int>& codes,
-              std::vector<float>& scales) {
+    void code(const std::vector<double>& values, int heads, int rows, const Case& c, const Inputs* keys,
+              std::vector<int>& codes, std::vector<float>& scales) {
         const int d = c.size, blocks = (rows + c.block - 1) / c.block;
         for (int i = 0; i < heads; ++i)
             for (int block = 0; block < blocks; ++block) {
                 int end = std::min(rows, (block + 1) * c.block);
                 if (keys) end = std::min(end, keys->length(c, i / c.kv_heads));
                 auto at = [&](int row, int e) {
-                    return values[(static_cast<size_t>(i) * rows + row) * d + e] - (keys ? mean[static_cast<size_t>(i) * d + e] : 0);
+                    return values[(static_cast<size_t>(i) * rows + row) * d + e] -
+                           (keys ? mean[static_cast<size_t>(i) * d + e] : 0);
                 };
                 double top = 0;
                 for (int row = block * c.block; row < end; ++row)
@@ -187,12 +207,14 @@ struct CodedScores {
                 scales.push_back(static_cast<float>(scale));
                 for (int row = block * c.block; row < end; ++row)
                     for (int e = 0; e < d; ++e)
-                        codes[(static_cast<size_t>(i) * rows + row) * d + e] = static_cast<int>(std::rint(at(row, e) / scale));
+                        codes[(static_cast<size_t>(i) * rows + row) * d + e] =
+                            static_cast<int>(std::rint(at(row, e) / scale));
             }
     }
     double score(const Case& c, const Inputs& x, int b, int h, int i, int j) const {
         const int kv = b * c.kv_heads + h / (c.heads / c.kv_heads), head = b * c.heads + h, d = c.size;
-        const int *q = &query[(static_cast<size_t>(head) * c.queries + i) * d], *k = &key[(static_cast<size_t>(kv) * c.keys + j) * d];
+        const int *q = &query[(static_cast<size_t>(head) * c.queries + i) * d],
+                  *k = &key[(static_cast<size_t>(kv) * c.keys + j) * d];
         int dot = 0;
         double smooth = 0;
         for (int e = 0; e < d; ++e) {
@@ -201,13 +223,15 @@ struct CodedScores {
         }
         const int blocks = (c.queries + c.block - 1) / c.block, kv_blocks = (c.keys + c.block - 1) / c.block;
         return c.scale * (dot * static_cast<double>(query_scale[head * blocks + i / c.block]) *
-                              key_scale[kv * kv_blocks + j / c.block] + smooth);
+                              key_scale[kv * kv_blocks + j / c.block] +
+                          smooth);
     }
 };
 
 Oracle oracle_of(const Case& c, const Inputs& x) {
     Oracle o;
-    o.output.assign(x.query.values.size(), 0), o.lse.assign(static_cast<size_t>(c.batch) * c.heads * c.queries, -INFINITY);
+    o.output.assign(x.query.values.size(), 0),
+        o.lse.assign(static_cast<size_t>(c.batch) * c.heads * c.queries, -INFINITY);
     const CodedScores* coded = c.int8 ? new CodedScores(c, x) : nullptr;
     std::vector<double> scores(c.keys);
     for (int b = 0; b < c.batch; ++b)
@@ -226,7 +250,8 @@ Oracle oracle_of(const Case& c, const Inputs& x) {
                 for (int j = 0; j < c.keys; ++j) {
                     if (!x.counts(c, b, h, i, j)) continue;
                     const double* v = x.value.row(b, h / (c.heads / c.kv_heads), j);
-                    for (int d = 0; d < c.size; ++d) o.output[row * c.size + d] += std::exp(scores[j] - top) / sum * v[d];
+                    for (int d = 0; d < c.size; ++d)
+                        o.output[row * c.size + d] += std::exp(scores[j] - top) / sum * v[d];
                 }
                 o.lse[row] = top + std::log(sum);
             }
@@ -276,7 +301,8 @@ bool run_forward(const Case& c, const Inputs& x, const Oracle& o) {
     p.workspace = workspace.data();
     launch_forward(p, on_host);
     const double bound = bound_of(c.type);
-    bool good = report(c.name, c.int8 ? "int8 output" : "output", error_of(o.output, [&](size_t i) { return output.get(i); }), c.int8 ? bound + 1e-3 : bound);
+    bool good = report(c.name, c.int8 ? "int8 output" : "output",
+                       error_of(o.output, [&](size_t i) { return output.get(i); }), c.int8 ? bound + 1e-3 : bound);
     return report(c.name, "lse", error_of(o.lse, [&](size_t i) { return lse[i]; }), c.int8 ? 1e-3 : 2e-6) && good;
 }
 
@@ -308,8 +334,8 @@ bool run_backward(const Case& c, const Inputs& x, const Oracle& o) {
                         dv[other * c.size + d] += weight * g[d];
                     }
                 }
-    Tensor grad_query(c.type, c.batch, c.heads, c.queries, c.size), grad_key(c.type, c.batch, c.kv_heads, c.keys, c.size),
-        grad_value(c.type, c.batch, c.kv_heads, c.keys, c.size);
+    Tensor grad_query(c.type, c.batch, c.heads, c.queries, c.size),
+        grad_key(c.type, c.batch, c.kv_heads, c.keys, c.size), grad_value(c.type, c.batch, c.kv_heads, c.keys, c.size);
     const Lists readers(x.lists, true);
     BackwardProblem p{};
     x.set(p, c);
@@ -354,7 +380,8 @@ bool run_importance(const Case& c, const Inputs& x, bool given) {
     p.over_all = over_all.data(), p.over_generated = over_generated.data(), p.workspace = workspace.data();
     launch_importance(p, on_host);
     const double bound = 5e-6;
-    const bool good = report(c.name, given ? "all, given" : "all", error_of(all, [&](size_t i) { return over_all[i]; }), bound);
+    const bool good =
+        report(c.name, given ? "all, given" : "all", error_of(all, [&](size_t i) { return over_all[i]; }), bound);
     return report(c.name, "generated", error_of(generated, [&](size_t i) { return over_generated[i]; }), bound) && good;
 }
 

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the host as they are written, lane by lane, under a plain C++ compiler and its sanitizers.
 //
-// Every thread of a block is a fiber. Instructions of a warp (shuffles, votes, ldmatrix, products of matrices) wait until
-// all 32 lanes have come to the same one; barriers wait for the block. A warp runs ahead as far as it can before the
-// next one starts, in a forward or a backward order, so that a missing barrier shows as a wrong result. What an
+// Every thread of a block is a fiber. Instructions of a warp (shuffles, votes, ldmatrix, products of matrices) wait
+// until all 32 lanes have come to the same one; barriers wait for the block. A warp runs ahead as far as it can before
+// the next one starts, in a forward or a backward order, so that a missing barrier shows as a wrong result. What an
 // asynchronous copy writes is poison from the copy's start until its thread has waited for it. Shared memory is poison
 // at the start and ends exactly where the launch says, for AddressSanitizer to watch.
 //
@@ -141,7 +141,8 @@ inline void run_block() {
     for (int i = 0; i < count; ++i) {
         Fiber& f = block->fibers[i];
         if (static_cast<int>(stacks.size()) <= i) stacks.emplace_back(kStack);
-        auto* top = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(stacks[i].data()) + kStack) & ~uintptr_t{63});
+        auto* top =
+            reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(stacks[i].data()) + kStack) & ~uintptr_t{63});
         *--top = 0;                                   // aligned as at the entry of a function
         *--top = reinterpret_cast<uint64_t>(&enter);  // where `ret` goes
         for (int r = 0; r < 6; ++r) *--top = 0;
@@ -284,7 +285,8 @@ void multiply(Sum (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, con
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i) {
                 Sum sum = 0;
-                for (int k = 0; k < kDepth; ++k) sum += left[lane / 4 + 8 * (i / 2)][k] * right[lane % 4 * 2 + i % 2][k];
+                for (int k = 0; k < kDepth; ++k)
+                    sum += left[lane / 4 + 8 * (i / 2)][k] * right[lane % 4 * 2 + i % 2][k];
                 out(lane).d[i] = sum;
             }
     });
