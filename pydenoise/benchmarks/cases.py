@@ -37,7 +37,8 @@ class Bar:
 class Case:
     """What every case has: a name, the group that a table shows together, why it is measured, and its bars.
 
-    ``optional``: runs only when a pattern names it. ``rounds``: at most so many, where a sample takes seconds.
+    ``optional``: runs only when a pattern names it and nothing else. ``rounds``: at most so many, where a sample takes
+    seconds.
     """
 
     name: str

@@ -68,7 +68,10 @@ def get_suite(name: str) -> Suite:
 
 
 def select_cases(suite: Suite, options: Options) -> list[Case]:
-    """The cases of ``suite`` that the options ask for; raises ``ValueError`` if there is none."""
+    """The cases of ``suite`` that the options ask for; raises ``ValueError`` if there is none.
+
+    Optional ones take part where a pattern matches nothing else: "forward bf16" does not mean 64k tokens.
+    """
     every = suite.cases(options.quick)
     pattern = options.cases
     if pattern is None:
@@ -77,7 +80,7 @@ def select_cases(suite: Suite, options: Options) -> list[Case]:
     if not chosen:
         groups = ", ".join(dict.fromkeys(case.group for case in every))
         raise ValueError(f"cases: nothing in suite {suite.name!r} matches {pattern!r}; its groups are {groups}")
-    return chosen
+    return [case for case in chosen if not case.optional] or chosen
 
 
 def run_suite(name: str, options: Options | None = None, progress: Callable[[str], None] = lambda text: None) -> dict:

@@ -86,6 +86,8 @@ def test_optional_cases_run_only_when_they_are_named():
     long = suites.select_cases(suite, suites.Options(cases="forward */64k*"))
     assert {case.length for case in long} == {65536} and all(case.rounds == 3 for case in long)
     assert suites.select_cases(suite, suites.Options(cases="training fp16"))
+    usual = suites.select_cases(suite, suites.Options(cases="*k 0.3"))
+    assert {case.length for case in usual} == {1024, 2048, 4096} and not any(case.optional for case in usual)
 
 
 def test_bars_are_those_of_the_specification():
