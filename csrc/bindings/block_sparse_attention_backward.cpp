@@ -39,9 +39,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& qu
                                             double scale, const std::optional<Tensor>& key_lengths) {
     check_heads(query, key, "key");
     check_heads(query, value, "value");
-    check_heads(query, grad, "grad");
     STD_TORCH_CHECK(value.size(1) == key.size(1) && value.size(2) == key.size(2), "value: shape does not fit key");
-    STD_TORCH_CHECK(grad.size(1) == query.size(1) && grad.size(2) == query.size(2), "grad: shape does not fit query");
+    STD_TORCH_CHECK(shape_of(grad) == shape_of(query) && grad.scalar_type() == query.scalar_type(),
+                    "grad: shape or dtype does not fit query");
     check_block_size(block_size);
     const int64_t batch = query.size(0), heads = query.size(1), rows = batch * heads * query.size(2);
     check_dense(lse, ScalarType::Float, rows, "lse");

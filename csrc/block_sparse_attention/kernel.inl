@@ -139,10 +139,10 @@ PDN_INLINE void store_rows([[maybe_unused]] const vf (&tile)[Rows][Vectors], [[m
 
 // A span of queries and a block of keys; pointers are to the first of each.
 struct Pair {
-    const float *query, *grad, *lse, *delta;  // rows of cells
-    const float *key, *value;                 // tiles of tokens
-    float scale;                              // of products, to base 2
-    int64_t queries, keys;                    // how many count
+    const float *query, *grad, *lse, *rest, *delta;  // rows of cells
+    const float *key, *value;                        // tiles of tokens
+    float scale;                                     // of products of pairs, to base 2
+    int64_t queries, keys;                           // how many count
 };
 
 PDN_INLINE vf lanes_below(vf x, int64_t count) {
@@ -152,6 +152,12 @@ PDN_INLINE vf lanes_below(vf x, int64_t count) {
     return select(lane < static_cast<int32_t>(count), x, vf{});
 }
 
+// The same sums in the same order as the scores of the forward: their rounding is in the lse too, and cancels.
+template <class Cells>
+PDN_INLINE vf score(vf sum, float scale) {
+    return Cells::kPerCell == 1 ? sum : sum * scale;
+}
+
 template <class Cells, int Rows, int Vectors>
 PDN_INLINE void weigh_tile(const Layout& l, const Pair& p, const Scratch& s, int64_t row, int64_t tile) {
     vf weights[Rows][Vectors], inner[Rows][Vectors];
@@ -159,7 +165,8 @@ PDN_INLINE void weigh_tile(const Layout& l, const Pair& p, const Scratch& s, int
 #pragma GCC unroll 6
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
-        for (int v = 0; v < Vectors; ++v) weights[r][v] = exp2_any(weights[r][v] * p.scale - p.lse[row + r]);
+        for (int v = 0; v < Vectors; ++v)
+            weights[r][v] = exp2_any(score<Cells>(weights[r][v], p.scale) - p.lse[row + r] - p.rest[row + r]);
     if (__builtin_expect(tile + Vectors * kWidth > p.keys || row + Rows > p.queries, 0))
         for (int r = 0; r < Rows; ++r)
             for (int v = 0; v < Vectors; ++v)
@@ -180,15 +187,9 @@ PDN_INLINE void weigh_tile(const Layout& l, const Pair& p, const Scratch& s, int
 template <class Cells>
 void add_pair(const BackwardParams& p, const Layout& l, const Queries& q, const Keys& k, const Scratch& s,
               int64_t first, int64_t last, int64_t key, int64_t keys) {
-    const Pair pair = {q.query + first * l.step,
-                       q.grad + first * l.step,
-                       q.lse + first,
-                       q.delta + first,
-                       k.key + key * l.cells,
-                       k.value + key * l.cells,
-                       p.scale * kLog2E,
-                       last - first,
-                       keys};
+    const Pair pair = {
+        q.query + first * l.step, q.grad + first * l.step, q.lse + first,    q.rest + first, q.delta + first,
+        k.key + key * l.cells,    k.value + key * l.cells, p.scale * kLog2E, last - first,   keys};
     const int64_t rows = round_up(last - first, 2), padded = round_up(keys, kWidth);
     const int64_t packed = round_up(least(p.block, p.key.count - key), 16);
     each_tile(packed, [&]<int Vectors>(int64_t tile) {

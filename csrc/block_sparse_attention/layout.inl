@@ -31,17 +31,17 @@ struct Layout {
         values = round_up(p.size, kWidth);
         queries = round_up(p.query.count, 16);
         keys = round_up(p.key.count, 16);
-        query_floats = queries * (2 * step + (pairs ? values : 0) + values + 2);
+        query_floats = queries * (2 * step + (pairs ? values : 0) + values + 3);
         key_floats = keys * (2 * cells + 2 * values) + (pairs ? keys / 2 : keys) * values;
     }
 };
 
 // One head of queries.
 struct Queries {
-    float *query, *grad;                // rows of cells
+    float *query, *grad;                // rows of cells; for cells of one float the query is scaled, to base 2
     float *query_values, *grad_values;  // rows of elements
     float* sums;                        // [queries][values]: the gradient without its scale
-    float* lse;                         // to base 2; +inf where nothing is attended to
+    float *lse, *rest;                  // their sum is the lse to base 2; +inf where nothing is attended to
     float* delta;
 
     Queries(const Layout& l, void* workspace, int64_t index) {
@@ -59,6 +59,7 @@ struct Queries {
         }
         sums = take(l.queries * l.values);
         lse = take(l.queries);
+        rest = take(l.queries);
         delta = take(l.queries);
     }
 };
@@ -90,10 +91,13 @@ PDN_INLINE int64_t valid_keys(const BackwardParams& p, int64_t image) {
 // ----------------------------------------------------------------------------------------------------------- begin
 
 template <class Cells, class T>
-PDN_INLINE void cell_rows(const Layout& l, const Rows<T>& rows, int64_t first, int64_t last, float* packed) {
+PDN_INLINE void cell_rows(const Layout& l, const Rows<T>& rows, int64_t first, int64_t last, float scale,
+                          float* packed) {
     for (int64_t i = first; i < last; ++i)
-        for (int64_t cell = 0; cell < l.step; cell += kWidth)
-            store(packed + i * l.step + cell, Reader<Cells, T>::cells(rows, i, cell));
+        for (int64_t cell = 0; cell < l.step; cell += kWidth) {
+            const vf v = Reader<Cells, T>::cells(rows, i, cell);
+            store(packed + i * l.step + cell, Cells::kPerCell == 1 ? v * scale : v);
+        }
 }
 
 template <class Cells, class T>
@@ -128,8 +132,8 @@ void begin_queries_as(const BackwardParams& p, int64_t image, int64_t head, int6
     const Queries q(l, workspace, head % (p.heads / p.kv_heads));
     const int64_t first = piece * kPiece, last = least(l.queries, first + kPiece);
     const Rows<T> query(p.query, image, head, p.query.count, p.size), grad(p.grad, image, head, p.query.count, p.size);
-    cell_rows<Cells>(l, query, first, last, q.query);
-    cell_rows<Cells>(l, grad, first, last, q.grad);
+    cell_rows<Cells>(l, query, first, last, p.scale * kLog2E, q.query);
+    cell_rows<Cells>(l, grad, first, last, 1.f, q.grad);
     if constexpr (Cells::kPerCell == 2) {
         element_rows<Cells>(l, query, first, last, q.query_values);
         element_rows<Cells>(l, grad, first, last, q.grad_values);
@@ -139,7 +143,9 @@ void begin_queries_as(const BackwardParams& p, int64_t image, int64_t head, int6
     const float* delta = p.delta + (image * p.heads + head) * p.query.count;
     for (int64_t i = first; i < last; ++i) {
         const bool attends = i < p.query.count && lse[i] != kNothing;
-        q.lse[i] = attends ? lse[i] * kLog2E : -kNothing;
+        const double base2 = attends ? static_cast<double>(lse[i]) * 1.4426950408889634 : -kNothing;
+        q.lse[i] = static_cast<float>(base2);
+        q.rest[i] = attends ? static_cast<float>(base2 - q.lse[i]) : 0.f;
         q.delta[i] = i < p.query.count ? delta[i] : 0.f;
     }
 }
@@ -161,7 +167,8 @@ void end_keys_as(const BackwardParams& p, int64_t image, int64_t kv_head, int64_
     const Keys k(l, workspace);
     const int64_t first = piece * kPiece, last = least(p.key.count, first + kPiece), valid = valid_keys(p, image);
     const int64_t at = (image * p.kv_heads + kv_head) * p.key.count * p.size;
-    write_rows(l, k.key_sums, p.size, first, last, valid, p.scale, static_cast<T*>(p.grad_key) + at);
+    const float scale = l.pairs ? p.scale : 1 / kLog2E;  // else the queries had the rest of it
+    write_rows(l, k.key_sums, p.size, first, last, valid, scale, static_cast<T*>(p.grad_key) + at);
     write_rows(l, k.value_sums, p.size, first, last, valid, 1.f, static_cast<T*>(p.grad_value) + at);
 }
 
