@@ -59,74 +59,75 @@ class Keys {
 
 struct Chunk {
     int64_t first, keys;  // the first key; keys in all parts
-    int64_t key_bytes, value_bytes;
     int64_t key_parts, value_parts;
     KeyPart key[kMostParts];
     ValuePart value[kMostParts];
 };
 
-// What a chunk is made from. T are the elements, KeyCells what scores are made of, ValueCells what sums are made of.
+// What chunks are made from. T are the elements, KeyCells what scores are made of, ValueCells what sums are made of.
 template <class KeyCells, class ValueCells, class T>
 struct Source {
     static constexpr bool kFromCodes = __is_same(KeyCells, Int8Cells);
     static constexpr bool kFloats = __is_same(T, float);
     Rows<T> keys, values;
     float *key_copies, *value_copies;
-    bool keys_in_place;
     KeyCodes codes;
     float factor;
-    int64_t block_size, key_cells;
+    int64_t block_size, cells;  // cells of a key
 
-    PDN_INLINE void add(Chunk& c, int64_t first, int64_t count) const {
-        const int64_t cells = (count + ValueCells::kPerCell - 1) / ValueCells::kPerCell;
-        if constexpr (kFromCodes)
-            c.key[c.key_parts++] = {codes.codes + first * key_cells * 4, count,
-                                    factor * codes.scales[first / block_size]};
-        else if (kFloats || keys_in_place)
-            c.key[c.key_parts++] = {reinterpret_cast<const char*>(keys.row(first)), count, factor};
-        else
-            copy_keys(c, first, count);
-        if constexpr (kFloats)
-            c.value[c.value_parts++] = {reinterpret_cast<const char*>(values.row(first)), cells};
-        else
-            copy_values(c, first, count, cells);
-        c.keys += count;
+    // Whether tiles read keys where the tensor, or the codes, are: pairs of bfloat16 must not end in the middle.
+    PDN_INLINE bool keys_in_place() const {
+        return kFromCodes || kFloats || (KeyCells::kPerCell == 2 && keys.size % 2 == 0);
     }
-
-    void copy_keys(Chunk& c, int64_t first, int64_t count) const {
-        const int64_t step = c.key_bytes / 4;
-        for (int64_t i = 0; i < count; ++i)
-            for (int64_t cell = 0; cell < step; cell += kWidth)
-                store(key_copies + (c.keys + i) * step + cell, Reader<KeyCells, T>::cells(keys, first + i, cell));
-        if (c.key_parts == 0) c.key[c.key_parts++] = {reinterpret_cast<const char*>(key_copies), 0, factor};
-        c.key[0].count += count;
+    PDN_INLINE int64_t key_step() const {
+        if (kFromCodes) return cells * 4;
+        return keys_in_place() ? keys.stride * static_cast<int64_t>(sizeof(T)) : round_up(cells, kWidth) * 4;
     }
+    PDN_INLINE int64_t value_step() const { return kFloats ? values.stride * 4 : round_up(values.size, kWidth) * 4; }
 
-    void copy_values(Chunk& c, int64_t first, int64_t count, int64_t cells) const {
-        Rows<T> rows = values;  // those of this part only: what fills up its last cell is zero
-        rows.data = values.row(first);
-        rows.count = count;
-        const int64_t step = c.value_bytes / 4;
-        float* out = value_copies + c.keys / ValueCells::kPerCell * step;  // only the last part's count can be odd
-        for (int64_t cell = 0; cell < cells; ++cell)
-            for (int64_t d = 0; d < step; d += kWidth)
-                store(out + cell * step + d, Reader<ValueCells, T>::values(rows, cell, d));
-        if (c.value_parts == 0) c.value[c.value_parts++] = {reinterpret_cast<const char*>(value_copies), 0};
-        c.value[0].cells += cells;
-    }
-
-    // The next chunk of up to `room` keys; false at the end.
-    PDN_INLINE bool next(Keys& from, int64_t room, int64_t size, Chunk& c) const {
+    // The next chunk of up to `room` keys; false at the end. Its values may have to be copied yet.
+    PDN_INLINE bool next(Keys& from, int64_t room, Chunk& c) const {
         c.keys = c.key_parts = c.value_parts = 0;
-        c.key_bytes = kFromCodes                 ? key_cells * 4
-                      : kFloats || keys_in_place ? keys.stride * static_cast<int64_t>(sizeof(T))
-                                                 : round_up(key_cells, kWidth) * 4;
-        c.value_bytes = kFloats ? values.stride * 4 : round_up(size, kWidth) * 4;
-        for (int64_t first, count; c.keys < room && from.next(room - c.keys, first, count);) {
+        for (int64_t first, count; c.keys < room && from.next(room - c.keys, first, count); c.keys += count) {
             if (c.keys == 0) c.first = first;
-            add(c, first, count);
+            c.key[c.key_parts++] = {keys_of(c, first, count), reinterpret_cast<const char*>(values.row(first)), count,
+                                    kFromCodes ? factor * codes.scales[first / block_size] : factor};
         }
         return c.keys > 0;
+    }
+
+    PDN_INLINE const char* keys_of(const Chunk& c, int64_t first, int64_t count) const {
+        if constexpr (kFromCodes) return codes.codes + first * key_step();
+        if (keys_in_place()) return reinterpret_cast<const char*>(keys.row(first));
+        if constexpr (!kFromCodes) {
+            const int64_t step = key_step() / 4;
+            float* const out = key_copies + c.keys * step;
+            for (int64_t i = 0; i < count; ++i)
+                for (int64_t cell = 0; cell < step; cell += kWidth)
+                    store(out + i * step + cell, Reader<KeyCells, T>::cells(keys, first + i, cell));
+            return reinterpret_cast<const char*>(out);
+        }
+    }
+
+    // Where the values of a chunk are: in the tensor, or in copies made now.
+    PDN_INLINE void find_values(Chunk& c) const {
+        if constexpr (kFloats) {
+            for (; c.value_parts < c.key_parts; ++c.value_parts)
+                c.value[c.value_parts] = {c.key[c.value_parts].values, c.key[c.value_parts].count};
+        } else {
+            const int64_t step = value_step() / 4;
+            float* out = value_copies;
+            for (int64_t i = 0; i < c.key_parts; ++i) {
+                Rows<T> rows = values;  // those of this part only: what fills up its last cell is zero
+                rows.data = reinterpret_cast<const T*>(c.key[i].values);
+                rows.count = c.key[i].count;  // only that of the last part can be odd
+                for (int64_t cell = 0; cell * ValueCells::kPerCell < rows.count; ++cell, out += step)
+                    for (int64_t d = 0; d < step; d += kWidth)
+                        store(out + d, Reader<ValueCells, T>::values(rows, cell, d));
+            }
+            c.value_parts = 1;
+            c.value[0] = {reinterpret_cast<const char*>(value_copies), (out - value_copies) / step};
+        }
     }
 };
 

@@ -52,34 +52,38 @@ struct Queries {
     int64_t image, head, first, count;
 };
 
-// A tile of them and a chunk of keys. `cells` are those of a key.
-template <class KeyCells, class ValueCells, int Vectors>
-__attribute__((noinline)) void attend_tile(const AttentionParams& p, const Queries& q, int64_t tile, int64_t cells,
-                                           const Chunk& c, const Scratch& s, const State& state, bool begun) {
+// The scores of a tile of them and a chunk of keys, and the largest.
+template <class KeyCells, int Vectors>
+__attribute__((noinline)) void score_tile(const AttentionParams& p, const Queries& q, int64_t tile, const ScoreTask& t,
+                                          const Chunk& c, float* scores) {
     constexpr int64_t kStep = Vectors * kWidth;
-    for (int v = 0; v < Vectors; ++v) store(s.top + v * kWidth, splat(kNothing));
-    float* scores = s.scores;
+    for (int v = 0; v < Vectors; ++v) store(t.top + v * kWidth, splat(kNothing));
+    float* at = scores;
     for (int64_t i = 0; i < c.key_parts; ++i) {
         each_group(c.key[i].count, [&]<int Rows>(int64_t first, int64_t groups) {
-            score_groups<KeyCells, Rows, Vectors>(c.key[i], first, groups, c.key_bytes, s.query + tile * cells, cells,
-                                                  s.starts + tile, scores, s.top);
+            score_groups<KeyCells, Rows, Vectors>(t, c.key[i], first, groups, at);
         });
-        scores += c.key[i].count * kStep;
+        at += c.key[i].count * kStep;
     }
     for (int v = 0; p.mask.data != nullptr && v < Vectors; ++v)
-        store(s.top + v * kWidth, add_mask(p.mask, q.image, q.head, q.first + tile + v * kWidth,
-                                           q.count - tile - v * kWidth, c.first, c.keys, s.scores + v * kWidth, kStep));
-    const bool moved = move_references<Vectors>(state, s.top, s.kept);
+        store(t.top + v * kWidth, add_mask(p.mask, q.image, q.head, q.first + tile + v * kWidth,
+                                           q.count - tile - v * kWidth, c.first, c.keys, scores + v * kWidth, kStep));
+}
+
+// The scores become weights, and the tile's sums take in the values.
+template <class Cells, int Vectors>
+__attribute__((noinline)) void mix_tile(const State& s, const Chunk& c, int64_t size, int64_t value_step, bool begun,
+                                        const float* top, float* kept, float* scores) {
+    const bool moved = move_references<Vectors>(s, top, kept);
     const Before before = !begun ? Before::none : moved ? Before::scaled : Before::kept;
-    const int64_t mixed = least(kFirstRows, p.size);
+    const int64_t mixed = least(kFirstRows, size);
     groups_of<kFirstRows>(mixed, 0, 1, [&]<int Rows>(int64_t, int64_t) {
-        weigh_and_mix<ValueCells, Rows, Vectors>(state, c.value, c.value_parts, c.value_bytes, c.keys, s.scores, before,
-                                                 s.kept);
+        weigh_and_mix<Cells, Rows, Vectors>(s, c.value, c.value_parts, value_step, c.keys, scores, before, kept);
     });
-    if (p.size == mixed) return;
-    each_group(p.size - mixed, [&]<int Rows>(int64_t first, int64_t groups) {
-        mix_groups<ValueCells, Rows, Vectors>(c.value, c.value_parts, mixed + first, groups, c.value_bytes, s.scores,
-                                              before, s.kept, state.sums);
+    if (size == mixed) return;
+    each_group(size - mixed, [&]<int Rows>(int64_t first, int64_t groups) {
+        mix_groups<Cells, Rows, Vectors>(c.value, c.value_parts, mixed + first, groups, value_step, scores, before,
+                                         kept, s.sums);
     });
 }
 
@@ -140,7 +144,6 @@ void attend_as(const AttentionParams& p, const Queries& q, void* codes, void* me
                                                     Rows<T>(p.value, q.image, kv_head, p.key.count, p.size),
                                                     s.keys,
                                                     s.values,
-                                                    KeyCells::kPerCell == 2 && p.size % 2 == 0,
                                                     kFromCodes ? KeyCodes(p, q.image, kv_head, codes) : KeyCodes(),
                                                     factor,
                                                     p.block_size,
@@ -152,9 +155,23 @@ void attend_as(const AttentionParams& p, const Queries& q, void* codes, void* me
     }
     Keys keys(p, q.image, q.head, q.first, kFromCodes);
     bool begun = false;
-    for (Chunk chunk; source.next(keys, chunk_keys(p), p.size, chunk); begun = true)
+    ScoreTask task = {source.key_step(),
+                      kFromCodes ? cells * 4 : p.size * int64_t{sizeof(T)},
+                      source.values.stride * int64_t{sizeof(T)},
+                      0,
+                      nullptr,
+                      cells,
+                      nullptr,
+                      s.top};
+    for (Chunk chunk; source.next(keys, chunk_keys(p), chunk); begun = true)
         each_tile(padded, [&]<int Vectors>(int64_t tile) {
-            attend_tile<KeyCells, ValueCells, Vectors>(p, q, tile, cells, chunk, s, state_of(p, s, tile), begun);
+            task.value_bytes = tile == 0 ? p.size * int64_t{sizeof(T)} : 0;
+            task.queries = s.query + tile * cells;
+            task.starts = s.starts + tile;
+            score_tile<KeyCells, Vectors>(p, q, tile, task, chunk, s.scores);
+            if (tile == 0) source.find_values(chunk);
+            mix_tile<ValueCells, Vectors>(state_of(p, s, tile), chunk, p.size, source.value_step(), begun, s.top,
+                                          s.kept, s.scores);
         });
     float* const shifts = s.scores;
     for (int64_t i = 0; i < q.count; ++i) shifts[i] = 0.f;

@@ -51,43 +51,66 @@ struct Scores<Int8Cells> {
     static PDN_INLINE vf score(vi sum, float factor) { return __builtin_convertvector(sum, vf) * factor; }
 };
 
-// Keys that lie one after another.
+// Keys that lie one after another, and their values as they lie in the tensor.
 struct KeyPart {
-    const char* keys;
+    const char *keys, *values;
     int64_t count;
     float factor;  // of the sums of products
 };
 
-// `groups` times Rows keys: scores [key][query]; `top` [query] takes in the largest.
+// What is the same for all parts of a chunk. Steps are bytes from one key to the next.
+struct ScoreTask {
+    int64_t key_step, key_bytes;      // bytes of one
+    int64_t value_step, value_bytes;  // 0: values were fetched before
+    const float* queries;             // the tile's, packed
+    int64_t cells;
+    const int32_t* starts;  // what sums of int8 begin with
+    float* top;             // [query]: takes in the largest scores
+};
+
+template <int Level>
+PDN_INLINE void fetch(const char* from, int64_t step, int64_t bytes, int rows) {
+    for (int r = 0; r < rows; ++r)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + r * step + i, 0, Level);
+}
+
+// `groups` times Rows keys: scores [key][query]. The keys of the next group are fetched, and the values of this one,
+// into the L2 cache: they are read in columns, which processors do not foresee.
 template <class Cells, int Rows, int Vectors>
-__attribute__((noinline)) void score_groups(const KeyPart& part, int64_t first, int64_t groups, int64_t key_bytes,
-                                            const float* queries, int64_t cells, const int32_t* starts, float* scores,
-                                            float* top) {
+__attribute__((noinline)) void score_groups(const ScoreTask& t, const KeyPart& part, int64_t first, int64_t groups,
+                                            float* scores) {
     using Sum = typename Scores<Cells>::Sum;
-    const char* keys = part.keys + first * key_bytes;
+    const char* keys = part.keys + first * t.key_step;
+    const char* values = part.values + first * t.value_step;
     scores += first * Vectors * kWidth;
     for (int64_t group = 0; group < groups; ++group) {
+        if (t.value_bytes > 0) {
+            fetch<3>(keys + Rows * t.key_step, t.key_step, t.key_bytes, Rows);
+            fetch<2>(values, t.value_step, t.value_bytes, Rows);
+        }
         Sum sums[Rows][Vectors];
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 4
             for (int v = 0; v < Vectors; ++v) {
                 sums[r][v] = Sum{};
-                if constexpr (kOffset != 0 && __is_same(Cells, Int8Cells)) sums[r][v] = load_lanes(starts + v * kWidth);
+                if constexpr (kOffset != 0 && __is_same(Cells, Int8Cells))
+                    sums[r][v] = load_lanes(t.starts + v * kWidth);
             }
-        add_products<Cells, Vectors>(keys, key_bytes, 4, queries, cells, sums);
+        add_products<Cells, Vectors>(keys, t.key_step, 4, t.queries, t.cells, sums);
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
-            vf best = load(top + v * kWidth);
+            vf best = load(t.top + v * kWidth);
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
                 const vf score = Scores<Cells>::score(sums[r][v], part.factor);
                 best = larger(score, best);
                 store(scores + (r * Vectors + v) * kWidth, score);
             }
-            store(top + v * kWidth, best);
+            store(t.top + v * kWidth, best);
         }
-        keys += Rows * key_bytes;
+        keys += Rows * t.key_step;
+        values += Rows * t.value_step;
         scores += Rows * Vectors * kWidth;
     }
 }
@@ -203,7 +226,7 @@ constexpr int kFirstRows = 3;  // the elements that are mixed while weights are 
 // and exponentials together keep all units busy.
 template <class Cells, int Rows, int Vectors>
 __attribute__((noinline)) void weigh_and_mix(const State& s, const ValuePart* parts, int64_t part_count,
-                                             int64_t value_bytes, int64_t keys, float* scores, Before before,
+                                             int64_t value_step, int64_t keys, float* scores, Before before,
                                              const float* kept) {
     constexpr int64_t kStep = Vectors * kWidth;
     Weights<Cells, Vectors> weights(s);
@@ -224,7 +247,7 @@ __attribute__((noinline)) void weigh_and_mix(const State& s, const ValuePart* pa
                 for (int r = 0; r < Rows; ++r)
                     mixed[r][v] = Cells::add_product(mixed[r][v], Cells::repeated(value + 4 * r), weight);
             }
-            value += value_bytes;
+            value += value_step;
             scores += Cells::kPerCell * kStep;
             out += kStep;
             keys -= Cells::kPerCell;
@@ -237,7 +260,7 @@ __attribute__((noinline)) void weigh_and_mix(const State& s, const ValuePart* pa
 // `groups` times Rows elements from `first` on: sums [element][query] of weight times value over all parts.
 template <class Cells, int Rows, int Vectors>
 __attribute__((noinline)) void mix_groups(const ValuePart* parts, int64_t part_count, int64_t first, int64_t groups,
-                                          int64_t value_bytes, const float* weights, Before before, const float* kept,
+                                          int64_t value_step, const float* weights, Before before, const float* kept,
                                           float* sums) {
     constexpr int64_t kStep = Vectors * kWidth;
     sums += first * kStep;
@@ -250,7 +273,7 @@ __attribute__((noinline)) void mix_groups(const ValuePart* parts, int64_t part_c
         const float* row = weights;
         for (int64_t i = 0; i < part_count; ++i) {
             const char* values = parts[i].values + (first + group * Rows) * 4;
-            add_products<Cells, Vectors>(values, 4, value_bytes, row, parts[i].cells, mixed);
+            add_products<Cells, Vectors>(values, 4, value_step, row, parts[i].cells, mixed);
             row += parts[i].cells * kStep;
         }
         add_to_sums(mixed, before, kept, sums);
