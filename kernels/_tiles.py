@@ -18,6 +18,7 @@ MOST_CANDIDATES = 6
 MOST_WASTE = 1.4  # of the work spent on padding, relative to the tile that wastes least
 _MOST_IN_INTERPRETER = {
     "BLOCK_M": 1024, "BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_K": 256, "BLOCK_C": 128, "BLOCK_R": 512, "BLOCK_P": 512,
+    "BLOCK_L": 2048,
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ TOKEN_CONFIDENCE_CASES: tuple[TokenConfidenceCase, ...] = (
     TokenConfidenceCase("sliced", "rows at odd addresses between NaN", 5, 301, layout="sliced"),
     TokenConfidenceCase("transposed", "the last dim not adjacent", 5, 301, layout="transposed"),
     TokenConfidenceCase("forbidden", "the first and the last token left out", 6, 700, forbidden=(0, 3, 699, 350)),
-    TokenConfidenceCase("uncounted", "chosen, but not counted", 200, 6, uncounted=(5, 2), eos=2),
+    TokenConfidenceCase("uncounted", "chosen, but not counted", 60, 6, uncounted=(5, 2), eos=2),
     TokenConfidenceCase("all_uncounted", "no token counts", 3, 3, uncounted=(0, 1, 2), eos=1),
     TokenConfidenceCase("both", "left out and uncounted in a later piece", 3, 20000, forbidden=(17000, 5),
                         uncounted=(17001, 16384), eos=17000),
