@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from pydenoise.kernels import _tiles, int8_conv2d, int8_linear, norm_quantize, quantize
+from pydenoise.kernels import _tiles, int8_conv2d, int8_linear, norm_quantize, quantize, token_confidence
 from pydenoise.kernels import weighted_conv as wc
 from torch import Tensor
 
@@ -275,4 +275,37 @@ INT8 = Family(
     lambda variant: dict(variant.meta)["BLOCK_M"],
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8)
+# ------------------------------------------------------------------------------------------------ tokens, confidences
+
+
+def _token_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """The common call of a sampler; at 90 also what is rarer: noise, guidance, tokens that are left out."""
+    names = ("plain", "sampled", "everything") if arch == 90 else ("sampled",)
+    dtypes = {"plain": (torch.bfloat16, torch.float32), "sampled": (torch.bfloat16,), "everything": (torch.float16,)}
+    return tuple((name, dtype) for name in names for dtype in dtypes[name])
+
+
+def _token_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    logits, rows, count = empty(4096, 126464, dtype=dtype), empty(128, dtype=torch.int64), 128
+    results = empty(count, dtype=torch.int64), empty(count), empty(count) if name == "everything" else None
+    keys = empty(count, 2, dtype=torch.int64) if name != "plain" else None
+    temperature = 0.0 if name == "plain" else 0.7
+    full = name == "everything"
+    found = token_confidence.plan(
+        logits, logits if full else None, rows, keys, 1.5 if full else 0.0, temperature, 2**40, 3,
+        [5, 7, 9, 11] if full else [126336], [1, 2, 3, 4] if full else [], 5 if full else -1, *results,
+    )  # fmt: skip
+    return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
+
+
+TOKENS = Family(
+    {kernel.name: kernel.function for kernel in token_confidence.KERNELS},
+    tuple(variant for kernel in token_confidence.KERNELS for variant in kernel.variants),
+    _token_problems,
+    _token_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS)
