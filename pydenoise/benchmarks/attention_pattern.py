@@ -130,7 +130,7 @@ def _ours_confidence(precision: str):
 
 
 def _torch_confidence(precision: str):
-    """The largest logit and the log-sum-exp: the least that torch can do, in float32."""
+    """The largest logit and the log-sum-exp, in float32: no softmax is stored."""
 
     def prepare(case: Case, setting: Setting) -> Contender:
         logits = _logits(_of_case(case, ConfidenceBench, precision), setting)

@@ -148,7 +148,7 @@ def run_case(suite: Suite, case: Case, providers: Sequence[Provider], setting: S
     timings = _time(contenders, twin, setting, options, case.rounds)
     for name, state in states.items():
         if name in timings:
-            state["timing"] = timings[name].statistics()
+            state |= {"timing": timings[name].statistics(), "note": contenders[name].note}
     record = case.describe() | {"key": case.key, "providers": states, "comparisons": {}}
     subjects = [p.name for p in providers if p.ours and p.name in timings]
     for subject in subjects:
