@@ -1,12 +1,14 @@
 // Runs the CUDA attention kernels on the host, lane by lane (cuda_emulator.h), against plain loops in double: block
 // lists, tails, masks, padding of heads, groups of heads, int8 scores, gradients, importances; memory accesses under
 // sanitizers, barriers and copies by the emulator. Prints one line per case; exits 1 if any is wrong.
+// clang-format off
+#include "cuda_emulator.h"  // first: it stands in for CUDA
+// clang-format on
 #include <string>
 
 #include "../../csrc/block_importance/cuda_kernels.cuh"
 #include "../../csrc/block_sparse_attention/cuda_backward.cuh"
 #include "../../csrc/block_sparse_attention/cuda_forward.cuh"
-#include "cuda_emulator.h"
 
 namespace {
 
