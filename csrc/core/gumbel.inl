@@ -50,8 +50,8 @@ PDN_INLINE void philox(uint32_t first, const NoiseRow& row, vu (&words)[4]) {
 }
 
 PDN_INLINE vf log_of_parts(vf t, vf exponent) {
-    vf p = splat(kLogPolynomial[7]);
-    for (int i = 6; i >= 0; --i) p = p * t + kLogPolynomial[i];
+    vf p = splat(log_coefficient(7));
+    for (int i = 6; i >= 0; --i) p = p * t + log_coefficient(i);
     return exponent * kLn2 + (t * t * (t * p - 0.5f) + t);
 }
 

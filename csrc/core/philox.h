@@ -55,18 +55,21 @@ PDN_ANYWHERE static inline PhiloxWords philox(uint32_t counter, const NoiseRow& 
 }
 
 // log(1 + t) = t - t^2 / 2 + t^3 P(t) for sqrt(1/2) <= 1 + t <= sqrt(2), fitted to the relative error, 6e-9.
-constexpr float kLogPolynomial[8] = {3.333333135e-1f, -2.500082254e-1f, 2.000122666e-1f, -1.662335694e-1f,
-                                     1.420176178e-1f, -1.316019446e-1f, 1.276154965e-1f, -7.634429634e-2f};
+PDN_ANYWHERE static constexpr float log_coefficient(int i) {
+    constexpr float p[8] = {3.333333135e-1f, -2.500082254e-1f, 2.000122666e-1f, -1.662335694e-1f,
+                            1.420176178e-1f, -1.316019446e-1f, 1.276154965e-1f, -7.634429634e-2f};
+    return p[i];
+}
 constexpr float kLn2 = 0.693147180559945f;
 constexpr int32_t kRootHalfBits = 0x3f3504f3;  // of sqrt(1/2)
 
 // log((1 + t) 2^exponent)
 PDN_ANYWHERE static inline float log_of_parts(float t, float exponent) {
-    float p = kLogPolynomial[7];
+    float p = log_coefficient(7);
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
-    for (int i = 6; i >= 0; --i) p = p * t + kLogPolynomial[i];
+    for (int i = 6; i >= 0; --i) p = p * t + log_coefficient(i);
     return exponent * kLn2 + (t * t * (t * p - 0.5f) + t);
 }
 

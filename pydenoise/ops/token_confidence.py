@@ -226,8 +226,8 @@ def _fake(logits, unconditional, rows, keys, guidance, temperature, seed, step, 
 
 registry.register(Backend(OP, "reference", 0, never, reference.token_confidence, "the fallback: always last"))
 
-from pydenoise.ops._rows import token_confidence_cpu, token_confidence_triton  # noqa: E402
+from pydenoise.ops._rows import token_confidence_cpu, token_confidence_cuda, token_confidence_triton  # noqa: E402
 
-for _module in (token_confidence_cpu, token_confidence_triton):
+for _module in (token_confidence_cpu, token_confidence_triton, token_confidence_cuda):
     for _row in _module.ROWS:
         registry.register(_row)

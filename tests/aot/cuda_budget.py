@@ -31,6 +31,7 @@ SOURCES = (
     "csrc/int8_conv2d/cuda.cu",
     "csrc/norm_quantize/cuda.cu",
     "csrc/quantize/cuda.cu",
+    "csrc/token_confidence/cuda.cu",
 )
 ARCHS = ("80", "89", "90a", "100a")
 # (start of the kernel's name, architectures or None for all): what its machine code must hold
