@@ -11,7 +11,9 @@ namespace {
 constexpr int64_t kLongestChunk = 256;                  // keys
 constexpr int64_t kMostParts = kLongestChunk / 16 + 2;  // blocks have 16 keys or more, but for the cut ones
 
-PDN_INLINE int64_t chunk_keys(const AttentionParams& p) { return p.size <= 64 ? kLongestChunk : kLongestChunk / 2; }
+PDN_INLINE int64_t chunk_keys(const AttentionParams& p) {
+    return p.size <= 64 ? kLongestChunk : p.size <= 256 ? kLongestChunk / 2 : kLongestChunk / 4;
+}
 
 // Walks through the listed keys of a block of queries.
 class Keys {

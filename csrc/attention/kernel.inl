@@ -61,7 +61,10 @@ __attribute__((noinline)) void score_tile(const AttentionParams& p, const Querie
     float* at = scores;
     for (int64_t i = 0; i < c.key_parts; ++i) {
         each_group(c.key[i].count, [&]<int Rows>(int64_t first, int64_t groups) {
-            score_groups<KeyCells, Rows, Vectors>(t, c.key[i], first, groups, at);
+            if (t.value_lines > 0)
+                score_groups<KeyCells, Rows, Vectors, true>(t, c.key[i], first, groups, at);
+            else
+                score_groups<KeyCells, Rows, Vectors, false>(t, c.key[i], first, groups, at);
         });
         at += c.key[i].count * kStep;
     }
@@ -155,8 +158,10 @@ void attend_as(const AttentionParams& p, const Queries& q, void* codes, void* me
     }
     Keys keys(p, q.image, q.head, q.first, kFromCodes);
     bool begun = false;
+    const auto lines = [](int64_t bytes) { return (bytes + 63) / 64; };
+    const int64_t value_lines = lines(p.size * int64_t{sizeof(T)});
     ScoreTask task = {source.key_step(),
-                      kFromCodes ? cells * 4 : p.size * int64_t{sizeof(T)},
+                      kFromCodes ? lines(cells * 4) : value_lines,
                       source.values.stride * int64_t{sizeof(T)},
                       0,
                       nullptr,
@@ -165,7 +170,7 @@ void attend_as(const AttentionParams& p, const Queries& q, void* codes, void* me
                       s.top};
     for (Chunk chunk; source.next(keys, chunk_keys(p), chunk); begun = true)
         each_tile(padded, [&]<int Vectors>(int64_t tile) {
-            task.value_bytes = tile == 0 ? p.size * int64_t{sizeof(T)} : 0;
+            task.value_lines = tile == 0 ? value_lines : 0;
             task.queries = s.query + tile * cells;
             task.starts = s.starts + tile;
             score_tile<KeyCells, Vectors>(p, q, tile, task, chunk, s.scores);

@@ -58,36 +58,41 @@ struct KeyPart {
     float factor;  // of the sums of products
 };
 
+// Fetches rows that will be read soon, one cache line a call, and nothing past their end.
+struct Fetch {
+    const char* at;
+    int64_t step, lines, rows;  // bytes from row to row; cache lines of a row; rows left
+    int64_t line = 0;
+
+    PDN_INLINE void next() {
+        __builtin_prefetch(at + line * 64, 0, 3);
+        if (++line < lines) return;
+        line = 0;
+        if (rows > 1) --rows, at += step;
+    }
+};
+
 // What is the same for all parts of a chunk. Steps are bytes from one key to the next.
 struct ScoreTask {
-    int64_t key_step, key_bytes;      // bytes of one
-    int64_t value_step, value_bytes;  // 0: values were fetched before
+    int64_t key_step, key_lines;      // cache lines of one
+    int64_t value_step, value_lines;  // 0: keys and values were fetched before
     const float* queries;             // the tile's, packed
     int64_t cells;
     const int32_t* starts;  // what sums of int8 begin with
     float* top;             // [query]: takes in the largest scores
 };
 
-template <int Level>
-PDN_INLINE void fetch(const char* from, int64_t step, int64_t bytes, int rows) {
-    for (int r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + r * step + i, 0, Level);
-}
-
-// `groups` times Rows keys: scores [key][query]. The keys of the next group are fetched, and the values of this one,
-// into the L2 cache: they are read in columns, which processors do not foresee.
-template <class Cells, int Rows, int Vectors>
+// `groups` times Rows keys: scores [key][query]. Ahead: the part's keys and values are fetched meanwhile, bit by bit,
+// since it is not foreseen by processors which blocks are read, nor that values are read in columns.
+template <class Cells, int Rows, int Vectors, bool Ahead>
 __attribute__((noinline)) void score_groups(const ScoreTask& t, const KeyPart& part, int64_t first, int64_t groups,
                                             float* scores) {
     using Sum = typename Scores<Cells>::Sum;
     const char* keys = part.keys + first * t.key_step;
-    const char* values = part.values + first * t.value_step;
     scores += first * Vectors * kWidth;
+    Fetch fetch[2] = {{keys + Rows * t.key_step, t.key_step, t.key_lines, groups * Rows},
+                      {part.values + first * t.value_step, t.value_step, t.value_lines, groups * Rows}};
     for (int64_t group = 0; group < groups; ++group) {
-        if (t.value_bytes > 0) {
-            fetch<3>(keys + Rows * t.key_step, t.key_step, t.key_bytes, Rows);
-            fetch<2>(values, t.value_step, t.value_bytes, Rows);
-        }
         Sum sums[Rows][Vectors];
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r)
@@ -97,7 +102,11 @@ __attribute__((noinline)) void score_groups(const ScoreTask& t, const KeyPart& p
                 if constexpr (kOffset != 0 && __is_same(Cells, Int8Cells))
                     sums[r][v] = load_lanes(t.starts + v * kWidth);
             }
-        add_products<Cells, Vectors>(keys, t.key_step, 4, t.queries, t.cells, sums);
+        add_products<Cells, Vectors>(keys, t.key_step, 4, t.queries, t.cells, sums, [&](int64_t k) {
+            if constexpr (!Ahead) return;
+            fetch[k % 2].next();
+            if (Cells::kPerCell == 4) fetch[1].next();  // few steps, many lines
+        });
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) {
             vf best = load(t.top + v * kWidth);
@@ -110,7 +119,6 @@ __attribute__((noinline)) void score_groups(const ScoreTask& t, const KeyPart& p
             store(t.top + v * kWidth, best);
         }
         keys += Rows * t.key_step;
-        values += Rows * t.value_step;
         scores += Rows * Vectors * kWidth;
     }
 }

@@ -39,11 +39,12 @@ struct Bf16Pairs {
 #endif
 
 // sums[r][v] += sum over k < count of (the cell at a + r * row_bytes + k * step_bytes) * b[k * Vectors + v]. The cells
-// of `a` may lie where they are in a tensor; `b` is packed.
-template <class Cells, int Vectors, int Rows, class Sum>
+// of `a` may lie where they are in a tensor; `b` is packed. `between(k)` runs beside the products.
+template <class Cells, int Vectors, int Rows, class Sum, class Between>
 PDN_INLINE void add_products(const char* a, int64_t row_bytes, int64_t step_bytes, const float* b, int64_t count,
-                             Sum (&sums)[Rows][Vectors]) {
+                             Sum (&sums)[Rows][Vectors], const Between& between) {
     for (int64_t k = 0; k < count; ++k) {
+        between(k);
         vf row[Vectors];
 #pragma GCC unroll 4
         for (int v = 0; v < Vectors; ++v) row[v] = load(b + v * kWidth);
@@ -56,6 +57,12 @@ PDN_INLINE void add_products(const char* a, int64_t row_bytes, int64_t step_byte
         a += step_bytes;
         b += Vectors * kWidth;
     }
+}
+
+template <class Cells, int Vectors, int Rows, class Sum>
+PDN_INLINE void add_products(const char* a, int64_t row_bytes, int64_t step_bytes, const float* b, int64_t count,
+                             Sum (&sums)[Rows][Vectors]) {
+    add_products<Cells, Vectors>(a, row_bytes, step_bytes, b, count, sums, [](int64_t) {});
 }
 
 // sums[r][v] = sum over k < count of a[k + r * row_step] * b[k * Vectors * kWidth + v * kWidth ...]
