@@ -23,17 +23,23 @@ LN2 = tl.constexpr(math.log(2.0))
 
 
 @triton.jit
+def load_part(pointers, rows_ok, columns, PADDED: tl.constexpr, CHECKED: tl.constexpr):
+    """A tile; 0 where PADDED from column ``columns`` on, and where CHECKED in rows that are not ``rows_ok``."""
+    columns_ok = tl.arange(0, pointers.shape[1]) < columns
+    if CHECKED and PADDED:
+        return tl.load(pointers, mask=rows_ok[:, None] & columns_ok[None, :], other=0.0)
+    elif CHECKED:
+        return tl.load(pointers, mask=rows_ok[:, None], other=0.0)
+    elif PADDED:
+        return tl.load(pointers, mask=columns_ok[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
 def load_rows(pointers, rows_ok, HEAD_DIM: tl.constexpr, CHECKED: tl.constexpr):
-    """A tile [rows, BLOCK_D]; columns from HEAD_DIM on are 0, and so are, where CHECKED, rows that are not ``rows_ok``."""
-    width: tl.constexpr = pointers.shape[1]
-    if CHECKED:
-        mask = rows_ok[:, None]
-        if width > HEAD_DIM:
-            mask = mask & (tl.arange(0, width) < HEAD_DIM)[None, :]
-        return tl.load(pointers, mask=mask, other=0.0)
-    if width > HEAD_DIM:
-        return tl.load(pointers, mask=(tl.arange(0, width) < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(pointers)
+    """A tile [rows, BLOCK_D]; 0 in columns from HEAD_DIM on and, where CHECKED, in rows that are not ``rows_ok``."""
+    return load_part(pointers, rows_ok, HEAD_DIM, pointers.shape[1] > HEAD_DIM, CHECKED)
 
 
 @triton.jit
@@ -43,6 +49,38 @@ def store_rows(pointers, values, rows_ok, HEAD_DIM: tl.constexpr):
     if width > HEAD_DIM:
         mask = mask & (tl.arange(0, width) < HEAD_DIM)[None, :]
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def rows_of(base, start, stride, rows_ok, HEAD_DIM: tl.constexpr, NEGATE: tl.constexpr, BLOCK_K: tl.constexpr,
+            BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """A program's own rows for :func:`products`: a tile, or pointers where that reads BLOCK_K columns at a time."""
+    if BLOCK_K < BLOCK_D:
+        return rows_at(base, start, stride, BLOCK, BLOCK_K)
+    else:
+        tile = load_rows(rows_at(base, start, stride, BLOCK, BLOCK_D), rows_ok, HEAD_DIM, True)
+        return -tile if NEGATE else tile
+
+
+@triton.jit
+def products(own, own_ok, base, start, stride, ok, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr,
+             NEGATE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+             BLOCK_D: tl.constexpr):  # fmt: skip
+    """(own @ tile^T in float32, or int32 of codes; the tile of BLOCK listed rows, or None)."""
+    if BLOCK_K < BLOCK_D:
+        acc = tl.zeros((own.shape[0], BLOCK), tl.float32)
+        padded: tl.constexpr = HEAD_DIM % BLOCK_K != 0
+        for d in range(0, HEAD_DIM, BLOCK_K):
+            a = load_part(own + d, own_ok, HEAD_DIM - d, padded, True)
+            b = load_part(rows_at(base + d, start, stride, BLOCK, BLOCK_K), ok, HEAD_DIM - d, padded, MASKED)
+            acc = tl.dot(-a if NEGATE else a, tl.trans(b), acc, input_precision=PRECISION)
+        return acc, None
+    else:
+        tile = load_rows(rows_at(base, start, stride, BLOCK, BLOCK_D), ok, HEAD_DIM, MASKED)
+        if tile.dtype == tl.int8:
+            return tl.dot(own, tl.trans(tile), out_dtype=tl.int32), tile
+        else:
+            return tl.dot(own, tl.trans(tile), input_precision=PRECISION), tile
 
 
 @triton.jit
@@ -110,7 +148,7 @@ def extent(indices, count, limit, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
 
 @triton.jit
 def counted(start, tile, blocks, limit, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which tokens [BLOCK] of a masked tile count: those of the first ``blocks`` listed ones that are below ``limit``."""
+    """Which tokens [BLOCK] of a masked tile count: those below ``limit`` of the first ``blocks`` listed blocks."""
     ok = tokens_of(start, BLOCK) < limit
     if BLOCK > BLOCK_SIZE:
         ok = ok & (tile * (BLOCK // BLOCK_SIZE) + tl.arange(0, BLOCK) // BLOCK_SIZE < blocks)
@@ -160,3 +198,12 @@ def list_strides(counts: Tensor) -> dict[str, int]:
 
 def scaling(scale: float) -> dict[str, object]:
     return {"factor": abs(scale) * LOG2E.value, "NEGATE": scale < 0}
+
+
+def tiles(rows: list[tuple], depth: int | None = None) -> list[tuple]:
+    """Rows (BLOCK_M, BLOCK_N, BLOCK_D, ...) with BLOCK_K after them: ``depth``, or all of BLOCK_D."""
+    return [(*row[:3], min(row[2], depth or row[2]), *row[3:]) for row in rows]
+
+
+BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_D", "BLOCK_K")
+SPLIT_DEPTH = 32  # of float32: whole rows, each number split in two for its products, would not fit in the registers

@@ -86,6 +86,7 @@ def codes_kernel(
 
 # ------------------------------------------------------------------------------------------------------ configurations
 
+
 def _kernel(name: str, function, rows: list[tuple]) -> Kernel:
     return Kernel(name, function, variants(name, ("BLOCK_T",), rows), lambda arguments: {})
 
@@ -101,7 +102,7 @@ KERNELS = (KEY_SUMS, KEY_MEAN, CODES)
 
 
 def plan_mean(key: Tensor, lengths: Tensor | None) -> tuple[Tensor, list[Launch]]:
-    """(mean of the keys that count, float32 [B, Hkv, width], the launches that compute it); the sums' order is fixed."""
+    """(mean of the keys that count, float32 [B, Hkv, width], its launches); the order of the sums is fixed."""
     batch, heads, tokens, size = key.shape
     width, chunks = width_of(size), triton.cdiv(tokens, _CHUNK)
     sums = torch.empty((batch * heads, chunks, width), dtype=torch.float32, device=key.device)

@@ -1,9 +1,9 @@
 """Attention over listed blocks of keys: forward, and the gradients of query, key and value.
 
-A program of the forward, or of the query's gradient, has some rows of one block of queries and walks over the keys that
-the block's list names; scores stay in registers. A program of the keys' gradients has some rows of one block of keys and
-walks over the queries that read it, for every query head of its group, so that the group's sum is made in float32 and in
-a fixed order. No float atomics: a call with the same tiles gives the same bits.
+A program of the forward, or of the query's gradient, has some rows of one block of queries and walks over the keys
+that the block's list names; scores stay in registers. A program of the keys' gradients has some rows of one block of
+keys and walks over the queries that read it, for every query head of its group, so that the group's sum is made in
+float32 and in a fixed order. No float atomics: a call with the same tiles gives the same bits.
 
 Programs of one head follow each other, so that its keys and values come from the cache. The rows of one pattern keep
 much the same number of blocks, and sorting them would cost about what it gains. How many rows read a block of keys
@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from pydenoise.kernels import _attention_codes
 from pydenoise.kernels._attention import (
+    BLOCKS,
     LN2,
     LOG2E,
+    SPLIT_DEPTH,
     counted,
     extent,
     heads_of,
@@ -25,12 +27,14 @@ from pydenoise.kernels._attention import (
     load_rows,
     plain,
     precision,
+    products,
     rows_at,
+    rows_of,
     scaling,
     store_rows,
     strides,
+    tiles,
     tokens_of,
-    width_of,
 )
 from pydenoise.kernels._tiles import Kernel, Launch, variants
 from torch import Tensor
@@ -41,40 +45,39 @@ _SIZES = ("queries", "keys", "heads", "group", "list_b", "list_h", "longest", "t
 
 
 @triton.jit
-def _scores(q, k_base, start, ok, k_l, key_scales,
-            HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-            BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """(products [rows, BLOCK_N] in float32, the keys' scale that they still lack, which is 1 for float keys)."""
-    k = load_rows(rows_at(k_base, start, k_l, BLOCK_N, BLOCK_D), ok, HEAD_DIM, MASKED)
-    if key_scales is None:
-        return tl.dot(q, tl.trans(k), input_precision=PRECISION), 1.0
+def _key_scale(s, key_scales, start, ok, MASKED: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """(products of codes [rows, keys] in float32, what they still lack of the keys' scale: 1, or a block's)."""
+    if len(start.shape) == 0:
+        return s.to(tl.float32), tl.load(key_scales + start // BLOCK_SIZE)
+    elif MASKED:
+        return s.to(tl.float32) * tl.load(key_scales + start // BLOCK_SIZE, mask=ok, other=0.0)[None, :], 1.0
     else:
-        s = tl.dot(q, tl.trans(k), out_dtype=tl.int32).to(tl.float32)
-        if len(start.shape) == 0:
-            return s, tl.load(key_scales + start // BLOCK_SIZE)
-        else:
-            by = tl.load(key_scales + start // BLOCK_SIZE, mask=ok, other=0.0) if MASKED else tl.load(
-                key_scales + start // BLOCK_SIZE)  # fmt: skip
-            return s * by[None, :], 1.0
+        return s.to(tl.float32) * tl.load(key_scales + start // BLOCK_SIZE)[None, :], 1.0
 
 
 @triton.jit
-def _attend(acc, total, top, q, k_base, v_base, start, ok, k_l, v_l, key_scales, factor,
-            SCORE_DIM: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
-            BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _attend(acc, total, top, q, rows_ok, k_base, v_base, start, ok, k_l, v_l, key_scales, factor,
+            SCORE_DIM: tl.constexpr, HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr,
+            PRECISION: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_D: tl.constexpr):  # fmt: skip
     """One tile of keys into the running (sum of weights * values, sum of weights, largest score)."""
-    s, by = _scores(q, k_base, start, ok, k_l, key_scales, SCORE_DIM, MASKED, PRECISION, BLOCK_SIZE, BLOCK_N, BLOCK_D)
+    s, _ = products(
+        q, rows_ok, k_base, start, k_l, ok, SCORE_DIM, MASKED, NEGATE, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D
+    )  # fmt: skip
+    if key_scales is not None:
+        s, by = _key_scale(s, key_scales, start, ok, MASKED, BLOCK_SIZE)
+        factor = factor * by
     if MASKED:
         s = tl.where(ok[None, :], s, float("-inf"))
-    factor = factor * by
     higher = tl.maximum(top, tl.max(s, 1) * factor)
     p = tl.exp2(s * factor - higher[:, None])
     if MASKED:
         p = tl.where(ok[None, :], p, 0.0)  # a factor of 0 makes NaN of -inf
     decay = tl.exp2(top - higher)
+    total = total * decay + tl.sum(p, 1)  # before the product: p then lives on in the values' dtype only
     v = load_rows(rows_at(v_base, start, v_l, BLOCK_N, BLOCK_D), ok, HEAD_DIM, MASKED)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, total * decay + tl.sum(p, 1), higher
+    return acc, total, higher
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -83,7 +86,8 @@ def attention_kernel(
     q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l, o_b, o_h, o_l, f_b, f_h, f_l,
     queries, keys, heads, group, list_b, list_h, longest, factor, scale, tune,
     SCORE_DIM: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NEGATE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of output and lse.
 
@@ -104,9 +108,8 @@ def attention_kernel(
 
     rows = first + tl.arange(0, BLOCK_M)
     rows_ok = rows < queries
-    q = load_rows(rows_at(query + batch * q_b + head * q_h, first, q_l, BLOCK_M, BLOCK_D), rows_ok, SCORE_DIM, True)
-    if NEGATE:
-        q = -q
+    q_base = query + batch * q_b + head * q_h
+    q = rows_of(q_base, first, q_l, rows_ok, SCORE_DIM, NEGATE, BLOCK_K, BLOCK_M, BLOCK_D)
     if query_scales is not None:
         number = (batch * heads + head) * tl.cdiv(queries, BLOCK_SIZE) + first // BLOCK_SIZE
         factor *= tl.load(query_scales + number)
@@ -122,16 +125,16 @@ def attention_kernel(
         for tile in range(whole):
             following = listed(indices, tile + 1, count - 1, BLOCK_SIZE, BLOCK_N)  # one tile ahead of its use
             acc, total, top = _attend(
-                acc, total, top, q, k_base, v_base, start, None, k_l, v_l, key_scales, factor,
-                SCORE_DIM, HEAD_DIM, False, PRECISION, BLOCK_SIZE, BLOCK_N, BLOCK_D,
+                acc, total, top, q, rows_ok, k_base, v_base, start, None, k_l, v_l, key_scales, factor,
+                SCORE_DIM, HEAD_DIM, False, NEGATE, PRECISION, BLOCK_SIZE, BLOCK_K, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             start = following
         for tile in tl.range(whole, tiles, num_stages=1):
             start = listed(indices, tile, count - 1, BLOCK_SIZE, BLOCK_N)
             ok = counted(start, tile, blocks, limit, BLOCK_SIZE, BLOCK_N)
             acc, total, top = _attend(
-                acc, total, top, q, k_base, v_base, start, ok, k_l, v_l, key_scales, factor,
-                SCORE_DIM, HEAD_DIM, True, PRECISION, BLOCK_SIZE, BLOCK_N, BLOCK_D,
+                acc, total, top, q, rows_ok, k_base, v_base, start, ok, k_l, v_l, key_scales, factor,
+                SCORE_DIM, HEAD_DIM, True, NEGATE, PRECISION, BLOCK_SIZE, BLOCK_K, BLOCK_N, BLOCK_D,
             )  # fmt: skip
 
     total = tl.where(total == 0, 1.0, total)  # nothing to attend to: 0, and -inf
@@ -165,15 +168,17 @@ def _row_numbers(lse, delta, at, ok, CHECKED: tl.constexpr):
 
 
 @triton.jit
-def _query_gradient(acc, q, g, total, inner, k_base, v_base, start, ok, k_l, v_l, factor,
-                    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_D: tl.constexpr):  # fmt: skip
-    k = load_rows(rows_at(k_base, start, k_l, BLOCK_N, BLOCK_D), ok, HEAD_DIM, MASKED)
-    v = load_rows(rows_at(v_base, start, v_l, BLOCK_N, BLOCK_D), ok, HEAD_DIM, MASKED)
-    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * factor - total[:, None])
+def _query_gradient(acc, q, g, rows_ok, total, inner, k_base, v_base, start, ok, k_l, v_l, factor,
+                    HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+                    BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    s, k = products(q, rows_ok, k_base, start, k_l, ok, HEAD_DIM, MASKED, NEGATE, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D)
+    p = tl.exp2(s * factor - total[:, None])
     if MASKED:
         p = tl.where(ok[None, :], p, 0.0)
-    ds = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - inner[:, None])
+    dp, _ = products(g, rows_ok, v_base, start, v_l, ok, HEAD_DIM, MASKED, False, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D)
+    ds = p * (dp - inner[:, None])
+    if k is None:
+        k = load_rows(rows_at(k_base, start, k_l, BLOCK_N, BLOCK_D), ok, HEAD_DIM, MASKED)
     return tl.dot(ds.to(k.dtype), k, acc, input_precision=PRECISION)
 
 
@@ -183,7 +188,7 @@ def query_gradient_kernel(
     g_b, g_h, g_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     queries, keys, heads, group, list_b, list_h, longest, factor, scale, tune,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows of the query's gradient, row-major."""
     tiles_m = tl.cdiv(queries, BLOCK_M)
@@ -200,10 +205,10 @@ def query_gradient_kernel(
 
     rows = first + tl.arange(0, BLOCK_M)
     rows_ok = rows < queries
-    q = load_rows(rows_at(query + batch * q_b + head * q_h, first, q_l, BLOCK_M, BLOCK_D), rows_ok, HEAD_DIM, True)
-    g = load_rows(rows_at(grad + batch * g_b + head * g_h, first, g_l, BLOCK_M, BLOCK_D), rows_ok, HEAD_DIM, True)
-    if NEGATE:
-        q = -q
+    q_base = query + batch * q_b + head * q_h
+    g_base = grad + batch * g_b + head * g_h
+    q = rows_of(q_base, first, q_l, rows_ok, HEAD_DIM, NEGATE, BLOCK_K, BLOCK_M, BLOCK_D)
+    g = rows_of(g_base, first, g_l, rows_ok, HEAD_DIM, False, BLOCK_K, BLOCK_M, BLOCK_D)
     total, inner = _row_numbers(lse, delta, (batch * heads + head) * queries + rows, rows_ok, True)
     k_base = key + batch * k_b + key_head * k_h
     v_base = value + batch * v_b + key_head * v_h
@@ -213,31 +218,35 @@ def query_gradient_kernel(
         for tile in range(whole):
             following = listed(indices, tile + 1, count - 1, BLOCK_SIZE, BLOCK_N)
             acc = _query_gradient(
-                acc, q, g, total, inner, k_base, v_base, start, None, k_l, v_l, factor,
-                HEAD_DIM, False, PRECISION, BLOCK_N, BLOCK_D,
+                acc, q, g, rows_ok, total, inner, k_base, v_base, start, None, k_l, v_l, factor,
+                HEAD_DIM, False, NEGATE, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D,
             )  # fmt: skip
             start = following
         for tile in tl.range(whole, tiles, num_stages=1):
             start = listed(indices, tile, count - 1, BLOCK_SIZE, BLOCK_N)
             ok = counted(start, tile, blocks, limit, BLOCK_SIZE, BLOCK_N)
             acc = _query_gradient(
-                acc, q, g, total, inner, k_base, v_base, start, ok, k_l, v_l, factor,
-                HEAD_DIM, True, PRECISION, BLOCK_N, BLOCK_D,
+                acc, q, g, rows_ok, total, inner, k_base, v_base, start, ok, k_l, v_l, factor,
+                HEAD_DIM, True, NEGATE, PRECISION, BLOCK_K, BLOCK_N, BLOCK_D,
             )  # fmt: skip
     base = output + (batch * heads + head) * queries * HEAD_DIM
     store_rows(rows_at(base, first, HEAD_DIM, BLOCK_M, BLOCK_D), acc * scale, rows_ok, HEAD_DIM)
 
 
 @triton.jit
-def _key_gradients(acc_k, acc_v, k, v, q_base, g_base, lse, delta, start, ok, q_l, g_l, factor,
-                   HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-                   BLOCK_D: tl.constexpr):  # fmt: skip
-    q = load_rows(rows_at(q_base, start, q_l, BLOCK_M, BLOCK_D), ok, HEAD_DIM, MASKED)
-    g = load_rows(rows_at(g_base, start, g_l, BLOCK_M, BLOCK_D), ok, HEAD_DIM, MASKED)
+def _key_gradients(acc_k, acc_v, k, v, rows_ok, q_base, g_base, lse, delta, start, ok, q_l, g_l, factor,
+                   HEAD_DIM: tl.constexpr, MASKED: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
+                   BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     total, inner = _row_numbers(lse, delta, tokens_of(start, BLOCK_M), ok, MASKED)
-    p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * factor - total[None, :])
+    s, q = products(k, rows_ok, q_base, start, q_l, ok, HEAD_DIM, MASKED, NEGATE, PRECISION, BLOCK_K, BLOCK_M, BLOCK_D)
+    p = tl.exp2(s * factor - total[None, :])
+    dp, g = products(v, rows_ok, g_base, start, g_l, ok, HEAD_DIM, MASKED, False, PRECISION, BLOCK_K, BLOCK_M, BLOCK_D)
+    ds = p * (dp - inner[None, :])
+    if g is None:
+        g = load_rows(rows_at(g_base, start, g_l, BLOCK_M, BLOCK_D), ok, HEAD_DIM, MASKED)
     acc_v = tl.dot(p.to(g.dtype), g, acc_v, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(g), input_precision=PRECISION) - inner[None, :])
+    if q is None:
+        q = load_rows(rows_at(q_base, start, q_l, BLOCK_M, BLOCK_D), ok, HEAD_DIM, MASKED)
     return tl.dot(ds.to(q.dtype), q, acc_k, input_precision=PRECISION), acc_v
 
 
@@ -247,7 +256,7 @@ def key_gradient_kernel(
     g_b, g_h, g_l, q_b, q_h, q_l, k_b, k_h, k_l, v_b, v_h, v_l,
     queries, keys, heads, group, list_b, list_h, longest, factor, scale, tune,
     HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, NEGATE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of the gradients of key and value, row-major; the lists are of the queries that read a block.
 
@@ -266,12 +275,10 @@ def key_gradient_kernel(
         limit = tl.load(lengths + batch)
     rows = first + tl.arange(0, BLOCK_N)
     rows_ok = rows < limit
-    k_at = rows_at(key + batch * k_b + key_head * k_h, first, k_l, BLOCK_N, BLOCK_D)
-    v_at = rows_at(value + batch * v_b + key_head * v_h, first, v_l, BLOCK_N, BLOCK_D)
-    k = load_rows(k_at, rows_ok, HEAD_DIM, True)
-    v = load_rows(v_at, rows_ok, HEAD_DIM, True)
-    if NEGATE:
-        k = -k
+    k_base = key + batch * k_b + key_head * k_h
+    v_base = value + batch * v_b + key_head * v_h
+    k = rows_of(k_base, first, k_l, rows_ok, HEAD_DIM, NEGATE, BLOCK_K, BLOCK_N, BLOCK_D)
+    v = rows_of(v_base, first, v_l, rows_ok, HEAD_DIM, False, BLOCK_K, BLOCK_N, BLOCK_D)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in range(group):
@@ -290,16 +297,16 @@ def key_gradient_kernel(
             for tile in range(whole):
                 following = listed(q_list, tile + 1, count - 1, BLOCK_SIZE, BLOCK_M)
                 acc_k, acc_v = _key_gradients(
-                    acc_k, acc_v, k, v, q_base, g_base, lse + at, delta + at, start, None, q_l, g_l, factor,
-                    HEAD_DIM, False, PRECISION, BLOCK_M, BLOCK_D,
+                    acc_k, acc_v, k, v, rows_ok, q_base, g_base, lse + at, delta + at, start, None, q_l, g_l, factor,
+                    HEAD_DIM, False, NEGATE, PRECISION, BLOCK_K, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
                 start = following
             for tile in tl.range(whole, tiles, num_stages=1):
                 start = listed(q_list, tile, count - 1, BLOCK_SIZE, BLOCK_M)
                 ok = counted(start, tile, listed_blocks, queries, BLOCK_SIZE, BLOCK_M)
                 acc_k, acc_v = _key_gradients(
-                    acc_k, acc_v, k, v, q_base, g_base, lse + at, delta + at, start, ok, q_l, g_l, factor,
-                    HEAD_DIM, True, PRECISION, BLOCK_M, BLOCK_D,
+                    acc_k, acc_v, k, v, rows_ok, q_base, g_base, lse + at, delta + at, start, ok, q_l, g_l, factor,
+                    HEAD_DIM, True, NEGATE, PRECISION, BLOCK_K, BLOCK_M, BLOCK_D,
                 )  # fmt: skip
     # Rows beyond the limit were zeros, but their scores are 0 rather than absent.
     acc_k = tl.where(rows_ok[:, None], acc_k * scale, 0.0)
@@ -312,18 +319,19 @@ def key_gradient_kernel(
 
 # ------------------------------------------------------------------------------------------------------ configurations
 
-_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_D")
 _KEYS = ("tune", "HEAD_DIM", "BLOCK_SIZE", "PRECISION")
 
 
-def _kernel(name: str, function, own: str, rows: list[tuple]) -> Kernel:
+def _kernel(name: str, function, own: str, rows: list[tuple], depth: int | None = None) -> Kernel:
     """``own``: the block axis along the program's own rows, which may not be longer than a block of the mask."""
 
     def extents(arguments: dict) -> dict[str, int]:
         # A tile longer than a block wastes half or more, so no such tile is a candidate.
         return {own: arguments["BLOCK_SIZE"], "BLOCK_D": arguments["HEAD_DIM"]}
 
-    return Kernel(name, function, variants(name, _BLOCKS, rows), extents, _KEYS, matrix=True, whole="BLOCK_D")
+    return Kernel(
+        name, function, variants(name, BLOCKS, tiles(rows, depth)), extents, _KEYS, matrix=True, whole="BLOCK_D"
+    )
 
 
 FORWARD = _kernel("block_sparse_attention", attention_kernel, "BLOCK_M", [
@@ -360,7 +368,7 @@ FORWARD_FP32 = _kernel("block_sparse_attention_fp32", attention_kernel, "BLOCK_M
     (16, 32, 128, 2, 2),
     (16, 32, 64, 1, 2),
     (16, 32, 32, 1, 2),
-])  # fmt: skip
+], SPLIT_DEPTH)  # fmt: skip
 
 FORWARD_INT8 = _kernel("block_sparse_attention_int8", attention_kernel, "BLOCK_M", [
     (128, 128, 128, 8, 2, 90),
@@ -409,7 +417,7 @@ QUERY_GRADIENT_FP32 = _kernel("attention_query_gradient_fp32", query_gradient_ke
     (16, 32, 128, 2, 1),
     (16, 32, 64, 2, 2),
     (16, 32, 32, 1, 2),
-])  # fmt: skip
+], SPLIT_DEPTH)  # fmt: skip
 
 KEY_GRADIENT = _kernel("attention_key_gradient", key_gradient_kernel, "BLOCK_N", [
     (64, 128, 128, 8, 2, 90),
@@ -439,7 +447,7 @@ KEY_GRADIENT_FP32 = _kernel("attention_key_gradient_fp32", key_gradient_kernel, 
     (16, 16, 128, 4, 1),
     (32, 16, 64, 2, 2),
     (32, 16, 32, 1, 2),
-])  # fmt: skip
+], SPLIT_DEPTH)  # fmt: skip
 
 KERNELS = (
     FORWARD, FORWARD_FP32, FORWARD_INT8, QUERY_GRADIENT, QUERY_GRADIENT_FP32, KEY_GRADIENT, KEY_GRADIENT_FP32,
@@ -458,7 +466,8 @@ def _sizes(query: Tensor, key: Tensor, counts: Tensor, indices: Tensor, block_si
         "queries": query.shape[2], "keys": key.shape[2], "heads": query.shape[1],
         "group": query.shape[1] // key.shape[1], "longest": indices.shape[3], "scale": scale,
         "tune": max(query.shape[2], key.shape[2]).bit_length(), "HEAD_DIM": query.shape[3],
-        "BLOCK_SIZE": block_size, "PRECISION": precision(query), **list_strides(counts), **scaling(scale),
+        "BLOCK_SIZE": block_size, "PRECISION": precision(query), **list_strides(counts),
+        **scaling(scale),
     }  # fmt: skip
 
 
@@ -536,7 +545,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, kv_counts: Tensor, kv_indices: Tensor, block_size: int, scale: float,
     key_lengths: Tensor | None, int8_qk: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(output, log-sum-exp); arguments as ``pydenoise.ops.block_sparse_attention.prepare`` returns them, not checked."""
+    """(output, log-sum-exp); arguments as ``pydenoise.ops.block_sparse_attention.prepare`` returns them."""
     output = torch.empty_like(query)
     lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
     for launch in plan_forward(
