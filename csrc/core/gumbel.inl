@@ -39,14 +39,20 @@ PDN_INLINE void philox_rounds(const NoiseRow& row, vw (&c)[4][Count]) {
     }
 }
 
-// words[j]: word j of the counters first, first + 1, ...
-PDN_INLINE void philox(uint32_t first, const NoiseRow& row, vu (&words)[4]) {
-    vu counter, upper;
-    for (int i = 0; i < kWidth; ++i) counter[i] = first + static_cast<uint32_t>(i), upper[i] = i % 2 ? 0xffffffffu : 0;
-    vw c[4][2] = {{(vw)counter, (vw)counter >> 32}};
-    for (int i = 0; i < 2; ++i) c[1][i] = row.row[0] - vw{}, c[2][i] = row.row[1] - vw{}, c[3][i] = row.step - vw{};
+// words[j][i]: word j of the counters first + i * kWidth, + 1, ...
+template <int Vectors>
+PDN_INLINE void philox(uint32_t first, const NoiseRow& row, vu (&words)[4][Vectors]) {
+    vu lanes, upper;
+    for (int i = 0; i < kWidth; ++i) lanes[i] = static_cast<uint32_t>(i), upper[i] = i % 2 ? 0xffffffffu : 0;
+    vw c[4][2 * Vectors];
+    for (int i = 0; i < 2 * Vectors; ++i) {
+        const vw counter = (vw)(lanes + (first + static_cast<uint32_t>(i / 2 * kWidth)));
+        c[0][i] = i % 2 ? counter >> 32 : counter;
+        c[1][i] = row.row[0] - vw{}, c[2][i] = row.row[1] - vw{}, c[3][i] = row.step - vw{};
+    }
     philox_rounds(row, c);
-    for (int j = 0; j < 4; ++j) words[j] = ((vu)c[j][0] & ~upper) | (vu)(c[j][1] << 32);
+    for (int j = 0; j < 4; ++j)
+        for (int i = 0; i < Vectors; ++i) words[j][i] = ((vu)c[j][2 * i] & ~upper) | (vu)(c[j][2 * i + 1] << 32);
 }
 
 PDN_INLINE vf log_of_parts(vf t, vf exponent) {
@@ -81,10 +87,16 @@ struct NoiseWords {
 
 PDN_INLINE void noise_words(int64_t column, const NoiseRow& row, NoiseWords& block) {
     constexpr int kVectors = kNoiseLanes / kWidth;  // of lanes
-    for (int lane = 0; lane < kVectors; ++lane) {
-        vu words[4];
+#if defined(__AVX512F__)
+    constexpr int kTogether = 2;  // as many as there are registers for
+#else
+    constexpr int kTogether = 1;
+#endif
+    for (int lane = 0; lane < kVectors; lane += kTogether) {
+        vu words[4][kTogether];
         philox(static_cast<uint32_t>(column / 4 + lane * kWidth), row, words);
-        for (int j = 0; j < 4; ++j) block.v[j * kVectors + lane] = words[j];
+        for (int j = 0; j < 4; ++j)
+            for (int i = 0; i < kTogether; ++i) block.v[j * kVectors + lane + i] = words[j][i];
     }
 }
 

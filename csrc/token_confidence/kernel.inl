@@ -112,25 +112,37 @@ PDN_INLINE float take_out(const Tokens& tokens, int64_t first, int64_t count, fl
     return nan;
 }
 
-// Whether noise from `words` may lift one of a block of values over `best`. It must be larger than n = (best - value) /
-// temperature, which means -log(1 - q) < e^-n for q = (word + 1/2) / 2^32, hence q < e^-n: one exponential tells what
-// two logarithms would. `top` is the largest value; what roundings may make of it is allowed for.
-PDN_INLINE bool may_win(const float* values, const NoiseWords& words, float best, float top, float temperature) {
-    const float slack = (__builtin_fabsf(best) + __builtin_fabsf(top)) * 1e-6f + temperature * 1e-4f;
-    const float scale = kLog2E / temperature;
-    vi found{};
-    for (int i = 0; i < kNoiseBlock / kWidth; ++i) {
-        const vf behind = (load(values + i * kWidth) - (best - slack)) * scale;
-        const vf least = exp2_negative(select(behind < 0.f, behind, vf{})) * 2147483648.f;
-        found |= __builtin_convertvector((vi)(words.v[i] >> 1), vf) < least;
-    }
+PDN_INLINE bool any(vi mask) {
 #if defined(__AVX512F__)
-    return _mm512_test_epi32_mask((__m512i)found, (__m512i)found) != 0;
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #else
-    int32_t any = 0;
-    for (int i = 0; i < kWidth; ++i) any |= found[i];
-    return any != 0;
+    int32_t bits = 0;
+    for (int i = 0; i < kWidth; ++i) bits |= mask[i];
+    return bits != 0;
 #endif
+}
+
+// Half of the least word, as a float, that is too large to give noise above `least` / log2(e). Noise g > n means
+// -log(1 - q) < e^-n for q = (word + 1/2) / 2^32, hence q < e^-n: one exponential tells what two logarithms would.
+PDN_INLINE vf word_bound(vf least) { return exp2_negative(select(least > 0.f, -least, vf{})) * 2147483648.f; }
+
+// Whether noise from `words` may lift one of a block of values over `best`; `top` is the largest value. The block as a
+// whole is asked first. What roundings may make of it is allowed for.
+PDN_INLINE bool may_win(const float* values, const NoiseWords& words, float best, float top, float temperature) {
+    constexpr int kVectors = kNoiseBlock / kWidth;
+    const float slack = (__builtin_fabsf(best) + __builtin_fabsf(top)) * 1e-6f + temperature * 1e-4f;
+    const float scale = kLog2E / temperature, reach = best - slack;
+    vf halves[kVectors];
+    vi found{};
+    const vf bound = word_bound(splat((reach - top) * scale));
+    for (int i = 0; i < kVectors; ++i) {
+        halves[i] = __builtin_convertvector((vi)(words.v[i] >> 1), vf);
+        found |= halves[i] < bound;
+    }
+    if (!any(found)) return false;
+    found = vi{};
+    for (int i = 0; i < kVectors; ++i) found |= halves[i] < word_bound((reach - load(values + i * kWidth)) * scale);
+    return any(found);
 }
 
 // As a choice without noise, from `values` plus noise. Most blocks of columns cannot hold the winner: some by their
