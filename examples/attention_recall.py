@@ -34,8 +34,9 @@ def main() -> None:
             if len(tokens) > 1:
                 others = (embeddings @ embeddings.T)[~torch.eye(len(tokens), dtype=torch.bool)]
                 print(f"cosine between the embeddings of different texts: {others.mean():.2f} on average")
+            curves = [concentration(query, key) for query, key in recorder.layers]
             for block_size in args.block_sizes:
-                print_table(model, tokens, embeddings, recorder.layers, block_size, args.select)
+                print_table(model, tokens, embeddings, recorder.layers, curves, block_size, args.select)
 
 
 class Recorder:
@@ -70,23 +71,32 @@ def recall(query: Tensor, key: Tensor, mask) -> float:
     return ((weights * mask.to_dense()).sum() / weights.sum()).item()
 
 
-def ideal_recall(query: Tensor, key: Tensor, mask) -> float:
-    """The same if each query had as many keys as in the pattern on average, and the largest weights."""
+def concentration(query: Tensor, key: Tensor) -> Tensor:
+    """[L]: the share of the attention weights that a query's n + 1 largest ones hold, on average."""
     weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
-    kept = max(1, round(mask.to_token_mask().float().mean().item() * key.shape[2]))
-    return weights.topk(kept, dim=-1).values.sum(-1).mean().item()
+    return weights.sort(descending=True).values.mean((0, 1, 2)).cumsum(0)
 
 
-def print_table(model: MiniLM, tokens: Tensor, embeddings: Tensor, layers, block_size: int, selects: Sequence[float]):
+def print_table(
+    model: MiniLM,
+    tokens: Tensor,
+    embeddings: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor]],
+    curves: Sequence[Tensor],
+    block_size: int,
+    selects: Sequence[float],
+) -> None:
+    """``layers``: queries and keys of each; ``curves``: their concentrations."""
     masks = [[pattern(q, k, select, block_size) for select in selects] for q, k in layers]
     print(f"\nblocks of {block_size}" + "".join(f"{f'select {select:g}':>16}" for select in selects))
     print(f"{'kept blocks':12}" + "".join(f"{mask.density:16.1%}" for mask in masks[0]))
     for number, ((query, key), row) in enumerate(zip(layers, masks, strict=True), start=1):
-        pairs = [(recall(query, key, mask), ideal_recall(query, key, mask)) for mask in row]
-        print(f"layer {number:<6}" + "".join(f"{f'{own:.3f} / {ideal:.3f}':>16}" for own, ideal in pairs))
+        ideal = [curves[number - 1][round(mask.density * key.shape[2]) - 1].item() for mask in row]
+        pairs = zip((recall(query, key, mask) for mask in row), ideal, strict=True)
+        print(f"layer {number:<6}" + "".join(f"{f'{own:.3f} / {best:.3f}':>16}" for own, best in pairs))
     sparse = [model.embed(tokens, attend=Sparse(select, block_size)) for select in selects]
     cosines = [(embeddings * other).sum(-1).mean().item() for other in sparse]
-    print(f"{'cosine':12}" + "".join(f"{cosine:16.4f}" for cosine in cosines) + "\n")
+    print(f"{'cosine':12}" + "".join(f"{cosine:16.4f}" for cosine in cosines))
 
 
 def texts_of(file: Path | None, tokenizer: WordPiece, length: int, count: int) -> Tensor:

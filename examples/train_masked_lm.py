@@ -1,4 +1,4 @@
-"""Train a tokenizer and a masked-diffusion language model on real text, in about five minutes on two cores.
+"""Train a tokenizer and a masked-diffusion language model on real text, in minutes on two cores.
 
 Run: python examples/train_masked_lm.py OUT.safetensors [--text stdlib|bible|FILE|FOLDER]
 
