@@ -22,7 +22,7 @@ struct ImportanceTile {
     static constexpr int kChunks = SIZE_ * static_cast<int>(sizeof(T)) / 16, kPitch = round_up(kChunks * 16, 128);
     static constexpr int kThreads = ROWS / (16 * MT) * 32, kWarps = kThreads / 32, kStep = KEYS * kPitch;
     static constexpr int kSums = ROWS * kPitch + 2 * kStep;  // two sums of each warp, in two buffers
-    static constexpr int kSharedBytes = kSums + 2 * kWarps * 2 * 4, kResident = kSharedBytes > 70 << 10 ? 2 : 3;
+    static constexpr int kSharedBytes = kSums + 2 * kWarps * 2 * 4, kResident = kSharedBytes >= 64 << 10 ? 2 : 3;
 };
 
 // The log-sum-exps of a problem: over all keys, and over those from `first_generated` on.
@@ -136,9 +136,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         }
 }
 
-// Adds a step's probabilities to `sum`, and those times the row's `ratio` to `other`.
+// Adds a step's probabilities to `sum`, and those times the power of two of the row's `beyond` to `other`.
 template <int MT, int NT>
-PDN_DEVICE void add_weights(const float (&scores)[MT][NT][4], const float (&lse)[MT][2], const float (&ratio)[MT][2],
+PDN_DEVICE void add_weights(const float (&scores)[MT][NT][4], const float (&lse)[MT][2], const float (&beyond)[MT][2],
                             float factor, int existing, int lane, float& sum, float& other) {
 #pragma unroll
     for (int i = 0; i < MT; ++i)
@@ -153,7 +153,7 @@ PDN_DEVICE void add_weights(const float (&scores)[MT][NT][4], const float (&lse)
                     const float weight = exp2_fast(fmaf(scores[i][j][h * 2 + e], factor, -lse[i][h]));
                     row += score_column(lane, j) + e < existing ? weight : 0.f;
                 }
-            sum += row, other = fmaf(row, ratio[i][h], other);
+            sum += row, other = fmaf(row, exp2_fast(beyond[i][h]), other);
         }
 }
 
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
 
     for (bool again = false; at.row < rows_end; at.row += Tile::ROWS, again = true) {
         at.rows = smaller(Tile::ROWS, rows_end - at.row);
-        float all[MT][2], generated[MT][2], ratio[MT][2];
+        float all[MT][2], beyond[MT][2];  // log-sum-exps to the base 2; what those over generated keys lack to them
         bool small_share = false;
 #pragma unroll
         for (int i = 0; i < MT; ++i)
@@ -189,10 +189,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                 const int row = (warp * MT + i) * 16 + h * 8 + lane / 4;
                 const int64_t index = (static_cast<int64_t>(at.batch) * p.heads + at.head) * p.queries + at.row + row;
                 all[i][h] = row < at.rows ? __ldg(from.all + index) * kLog2E : negative_infinity();
-                generated[i][h] = row < at.rows ? __ldg(from.generated + index) * kLog2E : negative_infinity();
-                const bool some = generated[i][h] != negative_infinity();
-                ratio[i][h] = some ? exp2_fast(all[i][h] - generated[i][h]) : 0.f;
-                small_share = small_share || (some && all[i][h] - generated[i][h] > kSmallShare);
+                const float generated = row < at.rows ? __ldg(from.generated + index) * kLog2E : negative_infinity();
+                beyond[i][h] = generated == negative_infinity() ? generated : all[i][h] - generated;
+                small_share = small_share || beyond[i][h] > kSmallShare;
             }
         small_share = __any_sync(kEveryLane, small_share);
         // The sums of block `block` that the warps have left, by threads 0 (all) and 1 (generated).
@@ -219,9 +218,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
                 float scores[MT][NT][4];
                 stream.multiply(step, scores);
                 float share = 0.f, unused = 0.f;
-                add_weights(scores, all, ratio, factor, existing, lane, over_all, share);
-                if (step >= border && small_share)
-                    share = 0.f, add_weights(scores, generated, ratio, factor, existing, lane, share, unused);
+                add_weights(scores, all, beyond, factor, existing, lane, over_all, share);
+                if (step >= border && small_share) {
+                    float generated[MT][2];
+#pragma unroll
+                    for (int i = 0; i < MT; ++i)
+#pragma unroll
+                        for (int h = 0; h < 2; ++h)
+                            generated[i][h] =
+                                beyond[i][h] == negative_infinity() ? negative_infinity() : all[i][h] - beyond[i][h];
+                    share = 0.f;
+                    add_weights(scores, generated, beyond, factor, existing, lane, share, unused);
+                }
                 if (step >= border) over_generated += share;
             }
             if ((step + 1) % per_block) continue;

@@ -25,7 +25,7 @@ PDN_HD uint32_t along(uint32_t address, int pair) { return (address ^ ((pair & 3
 template <int ROWS, int CHUNKS, int THREADS>
 PDN_DEVICE void copy_rows(uint32_t to, int pitch, const char* from, int64_t row_bytes, int existing, int chunks,
                           int thread) {
-    if constexpr (THREADS % CHUNKS == 0 && THREADS / CHUNKS % 8 == 0) {  // a thread's copies lie below each other
+    if constexpr (THREADS % CHUNKS == 0) {  // a thread's copies lie below each other, kStep (a power of two) apart
         constexpr int kStep = THREADS / CHUNKS;
         const int first = thread / CHUNKS, chunk = thread % CHUNKS, end = chunk < chunks ? existing : 0;
         const uint32_t at = to + tile_offset(pitch, first, chunk);
@@ -33,7 +33,7 @@ PDN_DEVICE void copy_rows(uint32_t to, int pitch, const char* from, int64_t row_
 #pragma unroll
         for (int row = 0; row < ROWS; row += kStep) {
             if (ROWS % kStep && first + row >= ROWS) break;
-            copy16(at + row * pitch, source, first + row < end);
+            copy16((at ^ ((row & 7) << 4)) + row * pitch, source, first + row < end);
             source += kStep * row_bytes;
         }
     } else {

@@ -31,11 +31,19 @@ SOURCES = (
     "csrc/int8_conv2d/cuda.cu",
     "csrc/norm_quantize/cuda.cu",
     "csrc/quantize/cuda.cu",
+    "csrc/block_sparse_attention/cuda.cu",
+    "csrc/block_sparse_attention/cuda_backward.cu",
+    "csrc/block_importance/cuda.cu",
     "csrc/token_confidence/cuda.cu",
 )
 ARCHS = ("80", "89", "90a", "100a")
-# (start of the kernel's name, architectures or None for all): what its machine code must hold
+# (pattern at the start of the kernel's name, architecture or None for all): what its machine code must hold
+_ATTENTION = r"(forward|query_grad|key_grad|row_sums|block_sums)_kernel<\w+Tile<"
 INSTRUCTIONS = {
+    (_ATTENTION + "BFloat16", None): r"\bHMMA\.16816\.F32\.BF16\b",
+    (_ATTENTION + "Float16", None): r"\bHMMA\.16816\.F32\b(?!\.)",
+    ("forward_kernel<.*(true|1)> ?>", None): r"\bIMMA\.16832\.S8\.S8\b",
+    (_ATTENTION, None): r"\b(LDGSTS\.E\.BYPASS|UTMALDG)",
     ("mma_kernel", None): r"\bIMMA\.16832\.S8\.S8\b",
     ("wgmma_kernel", "90a"): r"\bIGMMA\.64x\d+x32\.S8\.S8\b",
 }
@@ -106,7 +114,7 @@ def missing_instruction(kernel: str, arch: str, code: str | None) -> str | None:
     if code is None:
         return None
     for (start, only), pattern in INSTRUCTIONS.items():
-        if kernel.startswith(start) and only in (None, arch) and not re.search(pattern, code):
+        if re.match(start, kernel) and only in (None, arch) and not re.search(pattern, code):
             return pattern
     return None
 

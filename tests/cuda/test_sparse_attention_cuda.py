@@ -133,10 +133,15 @@ def check_row(op: str, args: tuple, what: str) -> None:
         assert not a.numel() or all(x == y for x, y in strides), what
 
 
+MEMORY_CASES = ("tail", "gqa", "fused", "sliced", "block16", "odd_size", "shared", "lengths", "no_batch", "no_queries")
+
+
 @built
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_what_the_kernels_get(references_instead, dtype):
     for case in SPARSE_CASES:
+        if case.name not in MEMORY_CASES:
+            continue
         args = case.args(dtype)
         check_row(OPS[0], args, case.name)
         check_row(OPS[2], case.importance_args(dtype), case.name)
