@@ -74,7 +74,7 @@ def test_generation_says_what_is_wrong(trained, text_file):
     assert "--steps: with --skip 0.2, all 2 steps would be full" in few
     target, _ = trained
     long = ["--weights", target, "--text", text_file, "--lengths", 10**6]
-    assert "--lengths: expected 257 to" in run("sparse_generation", *long, returncode=1)
+    assert "--lengths: expected 129 to" in run("sparse_generation", *long, returncode=1)
 
 
 @pytest.mark.skipif(not PACKAGES["minilm"].is_cached(), reason="the published weights are not in the cache")
