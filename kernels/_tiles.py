@@ -34,13 +34,14 @@ def interpreting() -> bool:
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel with one set of tile sizes; GPUs below compute capability ``least`` would spill registers."""
+    """One kernel with one set of tile sizes, for compute capabilities ``least`` to ``most``: others would spill."""
 
     kernel: str
     meta: tuple[tuple[str, int], ...]
     num_warps: int
     num_stages: int
     least: int = 80
+    most: int = 999
 
     @property
     def name(self) -> str:
@@ -52,7 +53,7 @@ class Variant:
 
 
 def variants(kernel: str, names: tuple[str, ...], rows: Sequence[tuple]) -> tuple[Variant, ...]:
-    """One variant per row: its block sizes, warps, stages, and the least compute capability if it is not 80."""
+    """One variant per row: its block sizes, warps, stages, and the least (80) and the most compute capability."""
     count = len(names)
     return tuple(Variant(kernel, tuple(zip(names, row[:count], strict=True)), *row[count:]) for row in rows)
 
@@ -67,6 +68,8 @@ def _capability(device: torch.device) -> int:
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
+    if major == 12:  # has the instructions and the shared memory of 8.9
+        return 89
     return 10 * major + minor
 
 
@@ -97,7 +100,7 @@ class Kernel:
             return math.prod(-(-extent // blocks[axis]) * blocks[axis] for axis, extent in extents.items())
 
         capability = _capability(_device(arguments))
-        able = [v for v in self.variants if v.least <= capability]
+        able = [v for v in self.variants if v.least <= capability <= v.most]
         if self.whole and arguments.get("WHOLE", True):
             able = [v for v in able if dict(v.meta)[self.whole] >= extents[self.whole]]
         least = min(map(padded, able))

@@ -12,7 +12,6 @@ import triton.language as tl
 from pydenoise.kernels._attention import (
     BLOCKS,
     LOG2E,
-    SPLIT_DEPTH,
     heads_of,
     plain,
     precision,
@@ -20,7 +19,6 @@ from pydenoise.kernels._attention import (
     rows_of,
     scaling,
     strides,
-    tiles,
 )
 from pydenoise.kernels._tiles import Kernel, Launch, variants
 from torch import Tensor
@@ -217,28 +215,49 @@ def importance_kernel(
 _KEYS = ("tune", "HEAD_DIM", "BLOCK_SIZE", "PRECISION")
 
 
-def _kernel(name: str, function, rows: list[tuple], depth: int | None = None) -> Kernel:
+def _kernel(name: str, function, rows: list[tuple]) -> Kernel:
     def extents(arguments: dict) -> dict[str, int]:
         return {"BLOCK_D": arguments["HEAD_DIM"]}
 
-    return Kernel(
-        name, function, variants(name, BLOCKS, tiles(rows, depth)), extents, _KEYS, matrix=True, whole="BLOCK_D"
-    )
+    return Kernel(name, function, variants(name, BLOCKS, rows), extents, _KEYS, matrix=True, whole="BLOCK_D")
 
 
-_HALF = [
-    (128, 128, 128, 8, 3, 90),
-    (128, 128, 128, 8, 2),
-    (128, 128, 64, 8, 3),
-    (128, 128, 32, 8, 3),
-    (128, 128, 256, 8, 2),
-]
-_FP32 = [(128, 128, 64, 8, 2), (128, 128, 32, 8, 2), (128, 128, 128, 8, 2), (128, 128, 256, 8, 2)]
+# Of the second pass: BLOCK_N is a multiple of every block size. Two programs on a multiprocessor let the products of
+# one hide the exponentials of the other, so few stages may be better than many.
+IMPORTANCE = _kernel("block_importance", importance_kernel, [
+    (128, 128, 128, 128, 8, 2, 90),
+    (128, 128, 128, 128, 8, 3, 90),
+    (128, 128, 128, 64, 8, 3),
+    (128, 128, 64, 64, 8, 3),
+    (128, 128, 32, 32, 8, 3),
+    (128, 128, 256, 256, 8, 2, 90),
+    (128, 128, 256, 64, 8, 3),
+])  # fmt: skip
 
-SUMS = _kernel("importance_sums", importance_sums_kernel, _HALF)
-SUMS_FP32 = _kernel("importance_sums_fp32", importance_sums_kernel, _FP32, SPLIT_DEPTH)
-IMPORTANCE = _kernel("block_importance", importance_kernel, _HALF)
-IMPORTANCE_FP32 = _kernel("block_importance_fp32", importance_kernel, _FP32, SPLIT_DEPTH)
+IMPORTANCE_FP32 = _kernel("block_importance_fp32", importance_kernel, [
+    (128, 128, 128, 16, 8, 2),
+    (128, 128, 64, 16, 8, 2),
+    (128, 128, 32, 16, 8, 2),
+    (128, 128, 256, 16, 8, 2),
+])  # fmt: skip
+
+SUMS = _kernel("importance_sums", importance_sums_kernel, [
+    (128, 64, 128, 128, 8, 3),
+    (128, 128, 128, 128, 8, 3, 90),
+    (128, 128, 64, 64, 8, 3),
+    (128, 64, 64, 64, 4, 3),
+    (128, 128, 32, 32, 8, 3),
+    (128, 64, 32, 32, 4, 3),
+    (128, 128, 256, 256, 8, 2, 90),
+    (128, 64, 256, 64, 8, 3),
+])  # fmt: skip
+
+SUMS_FP32 = _kernel("importance_sums_fp32", importance_sums_kernel, [
+    (64, 64, 128, 32, 8, 3),
+    (64, 64, 64, 32, 8, 3),
+    (64, 64, 32, 32, 8, 3),
+    (64, 64, 256, 32, 8, 3),
+])  # fmt: skip
 
 KERNELS = (SUMS, SUMS_FP32, IMPORTANCE, IMPORTANCE_FP32)
 

@@ -48,7 +48,7 @@ TENSOR_CORE = {
 WARPGROUP_ROWS = 64  # wgmma multiplies 64 rows at a time; a tile with fewer is left to mma.sync
 POINTERS = {
     torch.float32: "*fp32", torch.float64: "*fp64", torch.float16: "*fp16", torch.bfloat16: "*bf16",
-    torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64",
+    torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.int64: "*i64",
 }  # fmt: skip
 
 

@@ -4,7 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from pydenoise.kernels import _tiles, int8_conv2d, int8_linear, norm_quantize, quantize, token_confidence
+from pydenoise.kernels import (
+    _tiles,
+    block_importance,
+    block_sparse_attention,
+    int8_conv2d,
+    int8_linear,
+    norm_quantize,
+    quantize,
+    token_confidence,
+)
 from pydenoise.kernels import weighted_conv as wc
 from torch import Tensor
 
@@ -308,4 +317,73 @@ TOKENS = Family(
     lambda variant: 0,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS)
+# ----------------------------------------------------------------------------------------------------------- attention
+
+_ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
+_INT8_ATTENTION = ("attention_key_sums", "attention_key_mean", "attention_codes", "block_sparse_attention_int8")
+_RARER_ATTENTION = ("lengths", "padded")  # what the first tile of each kernel is compiled on too, for one architecture
+
+
+def _own_rows(variant: _tiles.Variant) -> int:
+    """Rows of the program's own block: of keys in the keys' gradients, of queries elsewhere."""
+    return dict(variant.meta).get("BLOCK_N" if "key_gradient" in variant.kernel else "BLOCK_M", 128)
+
+
+def _attention_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """bfloat16 stands for both half formats, but for the first tile of each kernel."""
+    kernel = _ATTENTION[variant.kernel]
+    first = variant is kernel.variants[0]
+    if not variant.least <= arch <= variant.most or (not kernel.matrix and arch != 90):
+        return ()
+    dtype = torch.float32 if variant.kernel.endswith("_fp32") else torch.bfloat16
+    found = [("plain", dtype)]
+    if first and arch == 90:
+        found += [(name, dtype) for name in _RARER_ATTENTION]
+        if dtype != torch.float32:
+            found.append(("plain", torch.float16))
+    return tuple(found)
+
+
+def _attention_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    blocks = dict(variant.meta)
+    block_size = 128 if _own_rows(variant) >= 64 else _own_rows(variant)
+    heads, key_heads, tokens, width = 32, 8, 65536, blocks.get("BLOCK_D", 128)
+    size = width * 3 // 4 if name == "padded" else width
+    rows = tokens // block_size
+    query, key = (empty(1, h, tokens, size, dtype=dtype) for h in (heads, key_heads))
+    numbers = empty(1, heads, tokens)
+    lengths = empty(1, dtype=torch.int32) if name == "lengths" else None
+    if variant.kernel in {kernel.name for kernel in block_importance.KERNELS}:
+        results = empty(1, heads, rows, rows), empty(1, heads, rows, rows // 2)
+        found = block_importance.plan(query, key, block_size, rows // 2, 0.1, None, lengths, *results)
+    else:
+        lists = empty(1, heads, rows, dtype=torch.int32), empty(1, heads, rows, 200, dtype=torch.int16)
+        common = (*lists, block_size, 0.1, lengths)
+        tensors = (query, query, key, key, numbers, numbers)
+        found = [
+            *block_sparse_attention.plan_forward(
+                query, key, key, *common, variant.kernel in _INT8_ATTENTION, query, numbers
+            ),
+            block_sparse_attention.plan_query_gradient(*tensors, *common, query),
+            block_sparse_attention.plan_key_gradients(*tensors, *common, key, key),
+        ]  # fmt: skip
+    return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
+
+
+def _attention_products(variant: _tiles.Variant) -> str | None:
+    if not _ATTENTION[variant.kernel].matrix:
+        return None
+    return "int8" if variant.kernel.endswith("_int8") else "float"
+
+
+ATTENTION = Family(
+    {name: kernel.function for name, kernel in _ATTENTION.items()},
+    tuple(variant for kernel in _ATTENTION.values() for variant in kernel.variants),
+    _attention_problems,
+    _attention_arguments,
+    _attention_products,
+    _own_rows,
+)
+
+FAMILIES = (WEIGHTED_CONV, INT8, ATTENTION)
