@@ -7,10 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "../core/pool.h"
@@ -110,7 +110,14 @@ inline Tensor empty_in_order(const Tensor& like) {
         strides.push_back(like.stride(axis));
         axes.insert(axes.begin(), axis);
     }
-    std::stable_sort(axes.begin() + 1, axes.end(), [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
+    for (size_t i = 2; i < axes.size(); ++i)  // by stride; an axis of stride 0 says nothing and stays where it is
+        for (size_t inner = i, outer = i; inner-- > 1;) {
+            const int64_t a = strides[axes[inner]], b = strides[axes[outer]];
+            if (a == 0 || b == 0) continue;
+            if (a < b || (a == b && shape[axes[inner]] <= shape[axes[outer]])) break;
+            std::swap(axes[inner], axes[outer]);
+            outer = inner;
+        }
     bool dense = true;
     int64_t elements = 1;
     std::vector<int64_t> packed(strides.size());
