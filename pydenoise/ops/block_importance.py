@@ -116,9 +116,9 @@ def _fake(query, key, block_size, first_generated, scale, lse, key_lengths, back
 
 registry.register(Backend(OP, "reference", 0, never, reference.block_importance, "the fallback: always last"))
 
-from pydenoise.ops._rows import block_importance_cpu, block_importance_cuda  # noqa: E402
+from pydenoise.ops._rows import block_importance_cpu, block_importance_cuda, block_importance_triton  # noqa: E402
 
-_ROWS = (block_importance_cpu, block_importance_cuda)
+_ROWS = (block_importance_cpu, block_importance_cuda, block_importance_triton)
 
 for _module in _ROWS:
     for _row in _module.ROWS:

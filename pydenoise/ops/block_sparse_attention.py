@@ -196,8 +196,10 @@ registry.register(Backend(OP_BACKWARD, "reference", 0, never, _reference_backwar
 from pydenoise.ops._rows import (  # noqa: E402
     block_sparse_attention_backward_cpu,
     block_sparse_attention_backward_cuda,
+    block_sparse_attention_backward_triton,
     block_sparse_attention_cpu,
     block_sparse_attention_cuda,
+    block_sparse_attention_triton,
 )
 
 _ROWS = (
@@ -205,6 +207,8 @@ _ROWS = (
     block_sparse_attention_backward_cpu,
     block_sparse_attention_cuda,
     block_sparse_attention_backward_cuda,
+    block_sparse_attention_triton,
+    block_sparse_attention_backward_triton,
 )
 
 for _module in _ROWS:
