@@ -1,7 +1,8 @@
 """What a solver is: for every call of the model a time and a row of coefficients, made before sampling begins.
 
-A solver writes its formula as rows (``row``) in terms of the canonical output m (epsilon or x0), of earlier ones, of the
-sample and of noise; ``Conversion`` says how m comes from what the model returns. ``sampler_step`` runs a row in one launch.
+A solver writes its formula as rows (``row``) in terms of the canonical output m (epsilon or x0), of earlier ones, of
+the sample and of noise; ``Conversion`` says how m comes from what the model returns. ``sampler_step`` runs a row in one
+launch.
 """
 
 import math
@@ -205,6 +206,11 @@ class Plan:
         """Whether a row reads or writes the saved sample."""
         kept = [C.KEPT_SAMPLE, C.KEPT_BASE, C.KEPT_M, C.KEPT_OUT, *range(C.KEPT_HISTORY, C.KEPT_HISTORY + C.SLOTS)]
         return bool((self.table[:, [C.BASE, *kept]] != 0).any())
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the model returns a variance beside its prediction."""
+        return bool((self.table[:, [C.LOG_SMALL, C.LOG_LARGE]] != 0).any())
 
     @property
     def needs_noise(self) -> bool:
