@@ -43,7 +43,9 @@ def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f"pydenoise.samplers.{name}")
     if name in _NAMES:
-        return getattr(importlib.import_module(f"pydenoise.samplers.{_NAMES[name]}"), name)
+        value = getattr(importlib.import_module(f"pydenoise.samplers.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'pydenoise.samplers' has no attribute {name!r}")
 
 

@@ -179,11 +179,12 @@ class Loop:
     def _launcher(self, call: int, output: Tensor, other: Tensor | None, noise) -> Callable[..., Tensor]:
         z = None if noise is None else noise.get(call)
 
-        def launch(
-            rows=None, table=None, output: bool = True, statistics: str = "none", given=(output, other)
-        ) -> Tensor:
-            return self.launch(self.rows[call] if rows is None else rows, self.steps[call],
-                               *(given if output else (None, None)), table, z, statistics)  # fmt: skip
+        given = (output, other)
+
+        def launch(rows=None, table=None, output=True, statistics="none") -> Tensor:
+            rows = self.rows[call] if rows is None else rows
+            both = given if output else (None, None)
+            return self.launch(rows, self.steps[call], *both, table, z, statistics)
 
         return launch
 

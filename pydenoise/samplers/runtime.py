@@ -1,7 +1,7 @@
 """The loop of every solver: static buffers, one launch between two calls of the model.
 
-On a CPU a prepared step runs between the calls, without allocation. On CUDA a step - model and update - is captured in a
-graph once and replayed for every call: which row, which time and which noise it reads is a number on the device.
+On a CPU a prepared step runs between the calls, without allocation. On CUDA a step - model and update - is captured in
+a graph once and replayed for every call: which row, which time and which noise it reads is a number on the device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -214,10 +214,8 @@ class Sampler:
         def after(call: int) -> None:
             line.advance()
             if callback is not None:
-                info = StepInfo(
-                    call, self.plan.calls, self.times[call], self.plan.ends[call], loop.sample, loop.preview
-                )
-                callback(info)
+                told = (call, self.plan.calls, self.times[call], self.plan.ends[call])
+                callback(StepInfo(*told, loop.sample, loop.preview))
             if trajectory and self.plan.ends[call]:
                 states.append(loop.sample.clone())
             if self.plan.ends[call]:
