@@ -119,7 +119,9 @@ def karras(
     high = math.exp(-schedule.last.log_snr) if sigma_max is None else float(sigma_max)
     if not 0 < low < high < math.inf:
         raise ValueError(f"sigma_min: expected 0 < sigma_min < sigma_max, got {low:g} and {high:g}")
-    times = [schedule.time_of(-math.log(sigma)) for sigma in karras_ramp(low, high, points, rho).tolist()]
+    times = karras_ramp(low, high, points, rho).tolist()
+    if schedule.kind != "ve":  # there a time is the ratio itself
+        times = [schedule.time_of(-math.log(sigma)) for sigma in times]
     return _without_last(times, drop_last)
 
 
