@@ -69,7 +69,8 @@ def sampler_step(
     dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
     batch, groups = sample.shape[0], max(rows.shape[0], sample.shape[0])
     if sample.numel() == 0:
-        return sample.new_zeros(groups, _count(statistics, history), dtype=torch.float64)
+        shape = (0, 0) if statistics == "none" else (groups, _count(statistics, history))
+        return sample.new_zeros(shape, dtype=torch.float64)
     at = _Groups(table, rows, dtype)
 
     def wide(tensor: Tensor) -> Tensor:
