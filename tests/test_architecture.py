@@ -29,7 +29,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 LEVEL = {part: level for level, layer in enumerate(LAYERS) for part in layer}
 # What a part may use of third parties; only inside functions where it is optional.
 OPTIONAL = {"triton", "rich", "matplotlib", "PIL", "tifffile", "skimage", "onnx", "onnxruntime", "openvino"}
-OPTIONAL |= {"diffusers", "transformers"}
+OPTIONAL |= {"diffusers", "transformers", "sklearn", "scipy", "pymoo"}
 USER_INTERFACES = {"cli", "benchmarks", "imaging"}
 
 
