@@ -18,12 +18,14 @@ SOURCES = [
     "csrc/block_sparse_attention/cuda_backward.cu",
     "csrc/block_importance/cuda.cu",
     "csrc/token_confidence/cuda.cu",
+    "csrc/sampler_step/cuda.cu",
 ]
 BINDINGS = [
     "csrc/bindings/cuda.cpp",
     "csrc/bindings/cuda_int8.cpp",
     "csrc/bindings/cuda_attention.cpp",
     "csrc/bindings/cuda_token_confidence.cpp",
+    "csrc/bindings/cuda_sampler_step.cpp",
 ]
 # sm_80 code also runs on 8.6 and 8.9, sm_90a on H100 and H200 (wgmma, the int8 tensor cores' full rate); newer ones
 # compile the PTX of the last portable one, sm_80, when they first load the library. Every further architecture adds

@@ -35,6 +35,7 @@ SOURCES = (
     "csrc/block_sparse_attention/cuda_backward.cu",
     "csrc/block_importance/cuda.cu",
     "csrc/token_confidence/cuda.cu",
+    "csrc/sampler_step/cuda.cu",
 )
 ARCHS = ("80", "89", "90a", "100a")
 # (pattern at the start of the kernel's name, architecture or None for all): what its machine code must hold

@@ -332,6 +332,18 @@ inline bool __any_sync(uint32_t, bool x) {
         for (int i = 0; i < 32; ++i) out(i) = any;
     });
 }
+inline uint32_t __ballot_sync(uint32_t, bool x) {
+    return emulator::together<uint32_t>(6, x, [](auto in, auto out) {
+        uint32_t votes = 0;
+        for (int i = 0; i < 32; ++i) votes |= static_cast<uint32_t>(in(i)) << i;
+        for (int i = 0; i < 32; ++i) out(i) = votes;
+    });
+}
+inline int atomicMin(int* to, int x) {
+    const int old = *to;
+    if (x < old) *to = x;
+    return old;
+}
 template <typename T>
 T __ldg(const T* p) {
     return *p;
