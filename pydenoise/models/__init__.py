@@ -1,6 +1,7 @@
 """Denoising networks in plain torch: what ``pydenoise.accelerate`` is shown and measured on."""
 
 from pydenoise.models.cunet import CUNet
+from pydenoise.models.digits import DigitsUNet, load_digits
 from pydenoise.models.dncnn import DnCNN
 from pydenoise.models.ffdnet import FFDNet, load_ffdnet
 from pydenoise.models.masked_lm import MaskedLM, load_masked_lm, save_masked_lm
@@ -11,6 +12,7 @@ from pydenoise.models.weights import WeightsError
 
 __all__ = [
     "CUNet",
+    "DigitsUNet",
     "DiffusionUNet",
     "DnCNN",
     "FFDNet",
@@ -18,6 +20,7 @@ __all__ = [
     "MiniLM",
     "TerrainDenoiser",
     "WeightsError",
+    "load_digits",
     "load_ffdnet",
     "load_masked_lm",
     "save_masked_lm",

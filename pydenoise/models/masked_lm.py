@@ -6,19 +6,16 @@ likelihood bound of :func:`masked_nll`. Layers: root-mean-square norms, also of 
 SwiGLU.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pydenoise.models.bpe import BPE
-from pydenoise.models.weights import WeightsError
+from pydenoise.models.checkpoint import load_checkpoint, read_checkpoint, write_checkpoint
 
 FORMAT = "pydenoise masked language model 1"
 SHIPPED = Path(__file__).parent / "data" / "masked_lm.safetensors"
@@ -240,48 +237,27 @@ def save_masked_lm(
     """
     if tokenizer.vocabulary != model.vocabulary:
         raise ValueError(f"tokenizer: expected the model's {model.vocabulary} tokens, got {tokenizer.vocabulary}")
-    state = {name: value.detach().to("cpu", dtype).contiguous() for name, value in model.state_dict().items()}
     metadata = {"config": model.config, "merges": tokenizer.merges, "notes": dict(notes or {})}
-    save_file(state, str(path), {"format": FORMAT} | {name: json.dumps(value) for name, value in metadata.items()})
+    write_checkpoint(path, FORMAT, model, metadata, dtype)
 
 
 def load_masked_lm(path: str | Path | None = None) -> tuple[MaskedLM, BPE]:
     """The model of a file of :func:`save_masked_lm`, in float32 and eval mode, and its tokenizer.
 
     ``None``: the one that is shipped, trained on Python's standard library by ``examples/train_masked_lm.py``. Raises
-    :class:`WeightsError` if the file is missing, damaged or of another kind.
+    :class:`pydenoise.models.WeightsError` if the file is missing, damaged or of another kind.
     """
-    state, metadata = _read(path)
-    name = SHIPPED if path is None else path
-    if not all(value.isfinite().all() for value in state.values()):
-        raise WeightsError(f"{name}: holds values that are not finite")
-    try:
-        model, tokenizer = MaskedLM(**metadata["config"]), BPE(metadata["merges"])
-        model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(
-            f"{name}: the weights do not fit their sizes: {' '.join(str(error).split())[:300]}"
-        ) from error
-    if tokenizer.vocabulary != model.vocabulary:
-        raise WeightsError(f"{name}: {tokenizer.vocabulary} tokens for a model of {model.vocabulary}")
-    return model.eval(), tokenizer
+    model, metadata = load_checkpoint(SHIPPED if path is None else path, FORMAT, _make)
+    return model, BPE(metadata["merges"])
 
 
 def read_notes(path: str | Path | None = None) -> dict[str, object]:
     """The notes of a file of :func:`save_masked_lm`; ``None``: of the one that is shipped."""
-    return _read(path)[1].get("notes", {})
+    return read_checkpoint(SHIPPED if path is None else path, FORMAT)[1].get("notes", {})
 
 
-def _read(path: str | Path | None) -> tuple[dict[str, Tensor], dict]:
-    path = SHIPPED if path is None else Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}
-        if metadata.pop("format", None) != FORMAT:
-            raise WeightsError(f"{path}: the metadata do not say that it is a {FORMAT}")
-        return state, {name: json.loads(value) for name, value in metadata.items()}
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
+def _make(metadata: dict) -> MaskedLM:
+    model, tokens = MaskedLM(**metadata["config"]), BPE(metadata["merges"]).vocabulary
+    if tokens != model.vocabulary:
+        raise ValueError(f"{tokens} tokens for a model of {model.vocabulary}")
+    return model

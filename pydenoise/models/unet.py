@@ -154,9 +154,15 @@ class DiffusionUNet(nn.Module):
 
         Returns [N, channels, H, W].
         """
+        return self.denoise(x, F.silu(self.embed_time(timesteps) + self.condition_embed(condition[:, None])))
+
+    def embed_time(self, timesteps: Tensor) -> Tensor:
+        """``timesteps`` [N]; returns [N, length]."""
         angles = timesteps[:, None] * self.frequencies
-        waves = torch.cat((angles.cos(), angles.sin()), dim=-1)
-        embedding = F.silu(self.time_embed(waves) + self.condition_embed(condition[:, None]))
+        return self.time_embed(torch.cat((angles.cos(), angles.sin()), dim=-1))
+
+    def denoise(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``x`` as in ``forward``; ``embedding`` [N, length]: all that the blocks are told."""
         x = self.conv_in(x)
         skips = [x]
         for stage in self.encoder:
