@@ -15,6 +15,7 @@
 #include "../core/threads.h"
 #include "../int8_conv2d/dispatch.h"
 #include "../weighted_conv/dispatch.h"
+#include "sampler_step.h"
 
 namespace py = pybind11;
 
@@ -117,6 +118,7 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("refusal", [](const pdn::Tape& tape) { return tape.refusal; })
         .def_property_readonly("arena_bytes", [](const pdn::Tape& tape) { return tape.arena->bytes(); })
         .def("replay", &pdn::Tape::replay, py::arg("begin"), py::arg("end"), py::call_guard<py::gil_scoped_release>());
+    pdn::bindings::define_sampler_step(m);
     m.def("pool_limit", &pdn::pool_limit, "Bytes of unused output buffers that may be kept (PYDENOISE_POOL_MIB).");
     m.def("pool_unused", &pdn::pool_unused, "Bytes of output buffers that are kept for reuse now.");
     m.def("pool_clear", &pdn::pool_clear, "Free the output buffers that are kept for reuse.");
