@@ -13,28 +13,28 @@ from pydenoise.reference import _philox
 
 
 def normal(words: Tensor, dtype: torch.dtype) -> Tensor:
-    """Philox words [R, columns] (as ``_philox.words`` lays them out) as standard normal numbers, by Box and Muller.
+    """Philox words [R, blocks * 128], laid out as by ``_philox.words``, as standard normal numbers, by Box and Muller.
 
     Columns of the classes 0 and 1 of a block share a radius and an angle, those of 2 and 3 as well: the radius comes
     from the word of the even class, the angle from that of the odd one, as a signed fraction of half a turn.
     """
-    count, columns = words.shape
-    blocks = -(-columns // _philox.BLOCK)
-    padded = torch.nn.functional.pad(words, (0, blocks * _philox.BLOCK - columns))
-    even, odd = padded.view(count, blocks, 2, 2, _philox.LANES).unbind(3)
+    even, odd = words.view(words.shape[0], -1, 2, 2, _philox.LANES).unbind(3)
     upper = even >= 1 << 31  # u near 1: its logarithm from 1 - u, which loses no bit
     nearest = (torch.where(upper, even ^ _philox._LOW, even).to(dtype) + 0.5) * 2.0**-32
     radius = (-2 * torch.where(upper, torch.log1p(-nearest), nearest.log())).sqrt()
     angle = torch.where(odd >= 1 << 31, odd - (1 << 32), odd).to(dtype) * (math.pi / 2**31)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), 3)
-    return pairs.reshape(count, -1)[:, :columns]
+    return pairs.flatten(1)
 
 
 def noise_of(sample: Tensor, keys: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers of ``sample``'s shape [B, ...]: by the key of each sample, the step and the place."""
     size = math.prod(sample.shape[1:])
-    words = _philox.words(keys, int(step) & 0xFFFFFFFF, size) if size else keys.new_zeros(sample.shape[0], 0)
-    return normal(words, dtype).view(sample.shape)
+    if not size:
+        return sample.new_zeros(sample.shape, dtype=dtype)
+    blocks = -(-size // _philox.BLOCK)  # whole ones: a column's angle may come from a word behind the last column
+    words = _philox.words(keys, int(step) & 0xFFFFFFFF, blocks * _philox.BLOCK)
+    return normal(words, dtype)[:, :size].view(sample.shape)
 
 
 class _Groups:
