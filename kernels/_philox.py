@@ -1,4 +1,4 @@
-"""Gumbel noise from Philox4x32-10, counter by counter: the words of pydenoise/reference/_philox.py."""
+"""Gumbel and normal noise from Philox4x32-10, counter by counter: the words of pydenoise/reference/_philox.py."""
 
 import triton
 import triton.language as tl
@@ -51,3 +51,43 @@ def gumbel(word):
     exponent = tl.where(upper, exponent, tl.where(half, -1.0, 0.0))
     t, exponent = _split(-_log_of_parts(t, exponent))
     return -_log_of_parts(t, exponent)
+
+
+@triton.jit
+def _radius(word):
+    """sqrt(-2 log(u)) with u = (word + 0.5) / 2^32; near 1 the logarithm is taken from 1 - u, which loses no bit."""
+    signed = word.to(tl.int32, bitcast=True)
+    upper = signed < 0
+    nearest = (signed ^ (signed >> 31)).to(tl.float32)
+    q = (nearest + 0.5) * 2.3283064365386963e-10
+    half = q > 0.29289322
+    t, exponent = _split(q)
+    t = tl.where(upper, tl.where(half, 1.0 - 2.0 * q, -q), t)
+    exponent = tl.where(upper, tl.where(half, -1.0, 0.0), exponent)
+    return tl.sqrt_rn(-2.0 * _log_of_parts(t, exponent))
+
+
+@triton.jit
+def _cosine_sine(word):
+    """cos and sin of pi word / 2^31, the word signed; the nearest quarter turn is taken off in integers."""
+    signed = word.to(tl.int32, bitcast=True)
+    quarter = ((signed >> 29) + 1) >> 1
+    x = (signed - (quarter << 30)).to(tl.float32) * 1.4629180792671596e-9
+    s = x * x
+    odd = (-1.951521821e-4 * s + 8.332160293e-3) * s - 1.666665460e-1
+    odd = odd * s * x + x
+    even = (-1.359179350e-3 * s + 4.165577261e-2) * s - 4.999988467e-1
+    even = even * s + 1.0
+    swapped = (quarter & 1) != 0
+    cosine, sine = tl.where(swapped, odd, even), tl.where(swapped, even, odd)
+    cosine = tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+    return cosine, tl.where((quarter & 2) != 0, -sine, sine)
+
+
+@triton.jit
+def normals(w0, w1, w2, w3):
+    """Standard normal numbers of a counter's four columns, by Box and Muller; the numbers of csrc/core/normal.inl."""
+    c0, s0 = _cosine_sine(w1)
+    c1, s1 = _cosine_sine(w3)
+    first, second = _radius(w0), _radius(w2)
+    return first * c0, first * s0, second * c1, second * s1
