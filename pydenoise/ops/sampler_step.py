@@ -369,8 +369,9 @@ _BINDERS: dict[str, Callable[[Backend, Buffers], Bound]] = {}
 
 registry.register(Backend(OP, "reference", 0, never, reference.sampler_step, "the fallback: always last"))
 
-_ROWS: tuple = ()  # modules of pydenoise.ops._rows, with ROWS and perhaps BINDERS
-for _module in _ROWS:
+from pydenoise.ops._rows import sampler_step_cpu, sampler_step_cuda, sampler_step_triton  # noqa: E402
+
+for _module in (sampler_step_cpu, sampler_step_cuda, sampler_step_triton):  # with ROWS and perhaps BINDERS
     for _row in _module.ROWS:
         registry.register(_row)
     _BINDERS.update(getattr(_module, "BINDERS", {}))
