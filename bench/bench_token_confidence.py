@@ -83,12 +83,12 @@ def published(case: Case, c: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
 PROVIDERS: dict[str, Callable] = {"pydenoise": ours, "torch": plain, "published": published}
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_token_confidence(benchmark, case, provider):
-    c, u = case.logits(32)
-    benchmark.group = case.name
-    benchmark(lambda: PROVIDERS[provider](case, c, u))
+@pytest.mark.parametrize("name", PROVIDERS)
+@pytest.mark.parametrize("call", CASES, ids=lambda call: call.name)
+def test_token_confidence(benchmark, request, call, name):
+    c, u = call.logits(1 if request.config.getoption("--quick") else 32)
+    benchmark.group = call.name
+    benchmark(lambda: PROVIDERS[name](call, c, u))
 
 
 def main() -> None:

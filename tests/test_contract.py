@@ -153,6 +153,7 @@ INT8_OPS = {  # tests/test_contract_int8.py
 ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_sparse.py
     "attention", "block_sparse_attention", "block_sparse_attention_backward", "block_importance",
 }  # fmt: skip
+TOKEN_OPS = {"token_confidence"}  # tests/test_contract_token_confidence.py
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")
@@ -164,7 +165,7 @@ CONTRACTS = {
 
 
 def test_every_op_has_a_contract_and_a_reference():
-    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS, (
+    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | TOKEN_OPS, (
         "a new op needs an entry in a contract test"
     )
     for op in registry.ops():

@@ -185,7 +185,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
     const int existing_keys = length_of(p.key_lengths, at.batch, p.keys) - at.row;
     const int chunks = p.size * static_cast<int>(sizeof(T)) / 16;
     const uint32_t base = shared_address(memory);
-    const int64_t query_bytes = row_bytes<T>(p.query), grad_bytes = row_bytes<T>(p.grad);
 
     ReaderWalk<QUERIES> loading;
     loading.begin(p, at);
@@ -193,6 +192,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kResident)
         if (!loading.ended() && existing_keys > 0) {
             const uint32_t to = base + Tile::kStages + stage * 2 * Tile::kStepBytes;
             const uint32_t floats = base + Tile::kFloats + stage * 2 * QUERIES * 4;
+            const int64_t query_bytes = row_bytes<T>(p.query),
+                          grad_bytes = row_bytes<T>(p.grad);  // here: registers are short
             const int first = loading.step.first(loading.kept), existing = loading.step.existing(loading.kept);
             copy_rows<QUERIES, Tile::kChunks, Tile::kThreads>(
                 to, Tile::kPitch, rows_of<T>(p.query, at.batch, loading.head) + first * query_bytes, query_bytes,

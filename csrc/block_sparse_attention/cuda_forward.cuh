@@ -28,7 +28,11 @@ struct ForwardTile {
     static constexpr int kSlot = KEYS * kPitch, kSlots = 3;
     static constexpr int kThreads = ROWS / (16 * MT) * 32;
     static constexpr int kSharedBytes = ROWS * kPitch + kSlots * kSlot + static_cast<int>(sizeof(ForwardPlace));
-    static constexpr int kResident = SIZE <= 64 && sizeof(T) == 2 ? 3 : 2;  // thread blocks of a multiprocessor
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // thread blocks of a multiprocessor; three would spill here
+    static constexpr int kResident = 2;
+#else
+    static constexpr int kResident = SIZE <= 64 && sizeof(T) == 2 ? 3 : 2;
+#endif
     static_assert(kScorePitch <= kPitch && kThreads >= 32);
 };
 
