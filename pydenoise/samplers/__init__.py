@@ -1,15 +1,53 @@
-"""Samplers: loops around any callable denoiser. They know no modules of this package, only its functional API."""
+"""Samplers: loops around any callable denoiser. They know no modules of this package, only its functional API.
+
+``Sampler`` runs a solver (``DDIM()``, ``DPMSolverPP(2)``, ...) on a ``NoiseSchedule``; ``masked`` has the samplers of
+masked-diffusion language models; ``adapters`` wrap models of other libraries. Names load on first use.
+"""
 
 import importlib
 
-_MODULES = ("masked",)
+_MODULES = ("adapters", "masked")
+_NAMES = {
+    "Conversion": "plan",
+    "Control": "plan",
+    "DDIM": "ddim",
+    "DDPM": "ddpm",
+    "DDSM": "ddsm",
+    "DPMSolverPP": "dpm_solver",
+    "DiffusersScheduler": "diffusers_scheduler",
+    "EVODiff": "evodiff",
+    "Euler": "euler",
+    "EulerAncestral": "euler",
+    "FastDDPM": "fast_ddpm",
+    "Heun": "euler",
+    "Level": "levels",
+    "NoiseSchedule": "levels",
+    "OneMoreStep": "one_more_step",
+    "PFODE": "pf_ode",
+    "PNDM": "pndm",
+    "Plan": "plan",
+    "Sampler": "runtime",
+    "Slimmable": "ddsm",
+    "Solver": "plan",
+    "StepInfo": "runtime",
+    "Strategy": "ddsm",
+    "TimeShift": "time_shift",
+    "Trajectory": "runtime",
+    "UniPC": "unipc",
+    "calibrate_noise_shift": "noise_shift",
+    "from_diffusers": "from_diffusers",
+}
 
 
 def __getattr__(name: str):
     if name in _MODULES:
         return importlib.import_module(f"pydenoise.samplers.{name}")
+    if name in _NAMES:
+        value = getattr(importlib.import_module(f"pydenoise.samplers.{_NAMES[name]}"), name)
+        globals()[name] = value
+        return value
     raise AttributeError(f"module 'pydenoise.samplers' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES})
+    return sorted({*globals(), *_MODULES, *_NAMES})

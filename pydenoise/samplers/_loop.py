@@ -1,0 +1,228 @@
+"""The buffers of a run and the calls of its model, on a CPU or one after the other on a device."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydenoise import functional as PF
+from pydenoise import step_row as C
+from pydenoise.samplers._graph import Graphs
+from pydenoise.samplers.plan import Control, Plan
+
+NO_FAULT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a sampler is, without its denoiser: all that its buffers depend on."""
+
+    plan: Plan
+    times: tuple[float, ...]
+    guidance: tuple[float, ...] | None
+    first_input_scale: float
+    quantile: float | None  # of dynamic thresholding
+    most: float
+    model_dtype: torch.dtype | None
+    kind: str
+    check_finite: bool
+    backend: str
+
+
+class Loop:
+    """Static tensors for samples like ``x``, and the step between two calls of the model."""
+
+    def __init__(self, setting: Setting, x: Tensor, noisy: bool, preview: bool):
+        plan = setting.plan
+        self.setting, self.device = setting, x.device
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        table = plan.table.clone()
+        if setting.guidance is not None:
+            table[:, C.GUIDANCE] = torch.tensor(setting.guidance, dtype=torch.float64)
+        self.table = table.to(exact).to(x.device)
+        self.sample = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.history = self.sample.new_zeros(plan.slots, *x.shape) if plan.slots else None
+        self.base = torch.empty_like(self.sample) if plan.uses_base else None
+        self.preview = torch.empty_like(self.sample) if preview else None
+        self.keys = torch.empty(x.shape[0], 2, dtype=torch.int64, device=x.device) if noisy else None
+        self.copies = 1 if setting.guidance is None else 2
+        self.model_input = self._model_input(x)
+        self.input = self.sample if self.model_input is None else self.model_input
+        self.times = self._times(x)
+        numbers = torch.arange(plan.calls + 1, device=x.device)
+        self.rows, self.steps = numbers[:-1].split(1), numbers[1:].split(1)
+        self.faults = torch.full((1,), NO_FAULT, dtype=torch.int32, device=x.device)
+        self._threshold = _Threshold(setting, self) if setting.quantile is not None else None
+        self._bound = self._bind() if x.device.type == "cpu" and self._threshold is None else None
+        self._graphs = Graphs(self)
+
+    def _model_input(self, x: Tensor) -> Tensor | None:
+        setting = self.setting
+        scaled = setting.first_input_scale != 1 or bool((setting.plan.table[:, C.INPUT_SCALE] != 1).any())
+        dtype = setting.model_dtype or x.dtype
+        if self.copies == 1 and not scaled and dtype == x.dtype:
+            return None
+        return torch.empty((self.copies * x.shape[0], *x.shape[1:]), dtype=dtype, device=x.device)
+
+    def _times(self, x: Tensor) -> Tensor:
+        """[calls, batch of the model]; whole numbers of a discrete schedule as int64."""
+        times = torch.tensor(self.setting.times, dtype=torch.float64)
+        whole = self.setting.kind == "vp" and bool((times == times.round()).all())
+        dtype = torch.int64 if whole else torch.float64 if x.dtype == torch.float64 else torch.float32
+        return times.to(dtype).to(x.device)[:, None].expand(-1, self.copies * x.shape[0]).contiguous()
+
+    def _bind(self):
+        return PF.bind_sampler_step(
+            PF.StepBuffers(
+                self.sample, self.table, self.sample, base=self.base, history=self.history, keys=self.keys,
+                kept=self.base, preview=self.preview, model_input=self.model_input,
+                learned_variance=self.setting.plan.learned_variance,
+            ),
+            self.setting.backend,
+        )  # fmt: skip
+
+    def begin(self, x: Tensor, keys: Tensor | None) -> None:
+        """Everything as before the first call."""
+        self.sample.copy_(x)
+        if self.base is not None:
+            self.base.copy_(x)
+        if self.history is not None:
+            self.history.zero_()
+        if self.keys is not None:
+            self.keys.copy_(keys)
+        if self.model_input is not None:
+            parts = self.model_input.view(self.copies, *x.shape)
+            parts.copy_((x * self.setting.first_input_scale).expand(parts.shape))
+        self.faults.fill_(NO_FAULT)
+
+    def graph_of(self, wanted: bool | None, observers: Sequence, control: Control | None, noise) -> bool:
+        """Whether the calls run as a captured graph; raises where that is asked for and cannot be."""
+        reason = None
+        if self.device.type != "cuda":
+            reason = f"the sample is on {self.device.type}"
+        elif control is not None:
+            reason = "this solver's coefficients depend on the data of each step"
+        elif noise is not None:
+            reason = "noise is given from outside"
+        elif not all(hasattr(observer, "graph_key") for observer in observers):
+            reason = "an observer has no graph_key"
+        if wanted and reason is not None:
+            raise ValueError(f"graph: no CUDA graph, because {reason}")
+        return reason is None and wanted is not False
+
+    def run(
+        self,
+        denoiser: Callable[..., Tensor],
+        conditions: Mapping[str, object],
+        noise: Mapping[int, Tensor] | None,
+        control: Control,
+        observers: Sequence,
+        first_call: int,
+        after: Callable[[int], None],
+        graphed: bool,
+    ) -> None:
+        """Every call from ``first_call`` on; ``after`` is called with its number."""
+        calls = self.setting.plan.calls
+        step = self._graphs.step(denoiser, conditions, observers, first_call) if graphed else None
+        plain = type(control) is Control and noise is None and self._bound is not None
+        for call in range(first_call, calls):
+            for observer in observers:
+                observer.begin_step(call, calls)
+            if step is not None:
+                step(call)
+                after(call)
+                continue
+            given = control.time(call)
+            t = self.times[call] if given is None else self._own_times(given)
+            output, other = self.split(denoiser(self.input, t, **conditions), call)
+            if plain:
+                finite = self._bound.run(output, other, call, call + 1)
+            else:
+                control.apply(call, self._launcher(call, output, other, noise))
+                finite = self.device.type != "cpu" or int(self.faults) == NO_FAULT
+            if not finite and self.setting.check_finite:
+                raise ValueError(self._fault(call))
+            after(call)
+        if self.device.type != "cpu" and self.setting.check_finite and (bad := int(self.faults)) != NO_FAULT:
+            raise ValueError(self._fault(bad - 1))
+
+    def _fault(self, call: int) -> str:
+        where = f"call {call} of {self.setting.plan.calls} (time {self.setting.times[call]:g})"
+        return f"denoiser: the sample is not finite after {where}: it returned NaN, infinity or too large numbers"
+
+    def _own_times(self, t: Tensor) -> Tensor:
+        t = t.to(self.times.dtype)
+        return t if self.copies == 1 else t.repeat(self.copies)
+
+    def split(self, output: Tensor, call: int) -> tuple[Tensor, Tensor | None]:
+        """(conditional, unconditional or None) halves of the model's output, checked."""
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"denoiser: expected a tensor at call {call}, got {type(output).__name__}; pydenoise.samplers.adapters "
+                "has wrappers"
+            )
+        shape = list(self.input.shape)
+        if self.setting.plan.learned_variance and len(shape) > 1:
+            shape[1] *= 2
+        if list(output.shape) != shape:
+            raise ValueError(f"denoiser: expected shape {tuple(shape)} at call {call}, got {tuple(output.shape)}")
+        if not output.is_floating_point():
+            raise TypeError(f"denoiser: expected a floating-point tensor at call {call}, got {output.dtype}")
+        if output.dtype == torch.float64 and self.sample.dtype != torch.float64:
+            raise TypeError(f"denoiser: float64 at call {call} for a sample of {self.sample.dtype}")
+        if self.copies == 1:
+            return output, None
+        batch = self.sample.shape[0]
+        return output[batch:], output[:batch]
+
+    def _launcher(self, call: int, output: Tensor, other: Tensor | None, noise) -> Callable[..., Tensor]:
+        z = None if noise is None else noise.get(call)
+
+        given = (output, other)
+
+        def launch(rows=None, table=None, output=True, statistics="none") -> Tensor:
+            rows = self.rows[call] if rows is None else rows
+            both = given if output else (None, None)
+            return self.launch(rows, self.steps[call], *both, table, z, statistics)
+
+        return launch
+
+    def launch(self, rows, step, output, other, table=None, noise=None, statistics="none") -> Tensor | None:
+        """One ``sampler_step`` on the buffers; nothing here waits for a device."""
+        threshold = None
+        if self._threshold is not None and output is not None:
+            threshold = self._threshold(rows, step, output, other)
+        result = PF.sampler_step(
+            self.sample, output, self.table if table is None else table, rows, unconditional=other, base=self.base,
+            history=self.history, noise=noise, seed=self.keys if noise is None else None, step=step,
+            threshold=threshold, learned_variance=self.setting.plan.learned_variance and output is not None,
+            statistics=statistics, out=self.sample, kept=self.base, preview=self.preview,
+            model_input=self.model_input, faults=self.faults, backend=self.setting.backend,
+        )  # fmt: skip
+        return None if statistics == "none" else result[1]
+
+
+class _Threshold:
+    """Dynamic thresholding: the quantile of |x0| in every sample (Saharia et al., 2022, section 2.3)."""
+
+    def __init__(self, setting: Setting, loop: Loop):
+        self._loop, self._quantile, self._most = loop, setting.quantile, setting.most
+        self._table = torch.zeros_like(loop.table)
+        for column in (C.GUIDANCE, C.X0_SAMPLE, C.X0_OUTPUT, C.CLIP):
+            self._table[:, column] = loop.table[:, column]
+        self._table[:, C.SLOT] = -1
+        self._x0, self._nothing = torch.empty_like(loop.sample), torch.empty_like(loop.sample)
+
+    def __call__(self, rows: Tensor, step: Tensor, output: Tensor, other: Tensor | None) -> Tensor:
+        loop = self._loop
+        PF.sampler_step(
+            loop.sample, output, self._table, rows, unconditional=other, step=step, out=self._nothing,
+            learned_variance=loop.setting.plan.learned_variance, preview=self._x0, backend=loop.setting.backend,
+        )  # fmt: skip
+        exact = torch.float64 if loop.sample.dtype == torch.float64 else torch.float32
+        values = self._x0.flatten(1).abs().to(exact).sort(1).values
+        place = self._quantile * (values.shape[1] - 1)
+        low = int(place)
+        high = min(low + 1, values.shape[1] - 1)
+        return torch.lerp(values[:, low], values[:, high], place - low).clamp(1.0, self._most)

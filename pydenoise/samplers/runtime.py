@@ -1,0 +1,325 @@
+"""The loop of every solver: static buffers, one launch between two calls of the model.
+
+On a CPU a prepared step runs between the calls, without allocation. On CUDA a step - model and update - is captured in
+a graph once and replayed for every call: which row, which time and which noise it reads is a number on the device.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pydenoise import step_row as C
+from pydenoise.samplers._conditions import Conditions
+from pydenoise.samplers._loop import Loop, Setting
+from pydenoise.samplers._noise import Noise, initial_noise
+from pydenoise.samplers._progress import Progress
+from pydenoise.samplers._seeds import Generator, Seed, noise_keys
+from pydenoise.samplers.levels import Level, NoiseSchedule
+from pydenoise.samplers.plan import Control, Conversion, Plan, Run, Solver
+
+Denoiser = Callable[..., Tensor]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a callback is told after a call of the model.
+
+    Args:
+        call, calls: the number of the call, from 0, and how many there are.
+        time: what the model was told.
+        ends: whether the call completed a step of the solver.
+        sample: x' [B, ...], the sampler's own buffer: clone it to keep it.
+        x0: the predicted clean sample (with ``preview=True``), also a buffer; else ``None``.
+    """
+
+    call: int
+    calls: int
+    time: float
+    ends: bool
+    sample: Tensor
+    x0: Tensor | None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sample and the way to it: ``states`` [steps + 1, B, ...] from the start to the result, ``times`` [steps]."""
+
+    sample: Tensor
+    states: Tensor
+    times: tuple[float, ...]
+
+
+class Sampler:
+    """Runs a solver around a denoiser.
+
+    Args:
+        denoiser: ``denoiser(x, t, **conditioning) -> output``; x [B, ...], t [B]: int64 where all times are whole
+            numbers on a discrete schedule, else float32. Twice the batch with guidance.
+        schedule: the noise levels that the denoiser was trained on.
+        solver: DDIM(), DPMSolverPP(2), ...: see ``pydenoise.samplers``.
+        num_steps: steps of the solver; which times they are at is the solver's choice unless ``timesteps`` says it.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow".
+        guidance_scale: classifier-free guidance u + w (c - u); a number, or one for each call of the model.
+        timesteps: the times themselves, descending.
+        time_table: what the model is told at each call, where that is not the time of the noise level (NoiseShift).
+        clip: x0 is clamped to [-clip, clip] at every step. ``clip_rederives``: epsilon then follows from it.
+        dynamic_threshold: quantile q in (0, 1): |x0| is limited to its q-quantile over each sample (at least 1, at most
+            ``dynamic_max``) and divided by it (Saharia et al., 2022), instead of ``clip``.
+        input_scale: what the model's input is multiplied by, for each ``Level``.
+        observers: told of every call through ``begin_step(call, calls)`` before the model runs (sparse attention,
+            networks whose width changes).
+        model_dtype: of the model's input; ``None``: the sample's.
+        graph: capture a step as a CUDA graph; ``None``: on CUDA, where nothing forbids it.
+        check_finite: a denoiser that returns NaN or infinity is an error that names the call.
+        backend: of ``sampler_step``.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or a combination that the solver does not support; the message names it.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        solver: Solver,
+        num_steps: int | None = None,
+        *,
+        prediction_type: str = "epsilon",
+        guidance_scale: float | Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        time_table: Sequence[float] | None = None,
+        clip: float | None = None,
+        clip_rederives: bool = False,
+        dynamic_threshold: float | None = None,
+        dynamic_max: float = 1.0,
+        input_scale: Callable[[Level], float] | None = None,
+        observers: Sequence[object] = (),
+        model_dtype: torch.dtype | None = None,
+        graph: bool | None = None,
+        check_finite: bool = True,
+        backend: str = "auto",
+    ):
+        _check_parts(denoiser, schedule, solver, observers)
+        self.denoiser, self.schedule, self.solver = denoiser, schedule, solver
+        self.conversion = Conversion(prediction_type, clip, clip_rederives, dynamic_threshold is not None)
+        _check_dynamic(clip, dynamic_threshold, dynamic_max)
+        times = _times_of(solver, schedule, num_steps, timesteps)
+        plan = solver.plan(schedule, times, self.conversion)
+        self.plan = _with_input_scale(plan, input_scale)
+        self.first_input_scale = 1.0 if input_scale is None else float(input_scale(plan.levels[0]))
+        self.times = _time_table(time_table, self.plan)
+        self.guidance = _guidance_of(guidance_scale, self.plan.calls)
+        self._setting = Setting(
+            self.plan, self.times, self.guidance, self.first_input_scale, dynamic_threshold, dynamic_max, model_dtype,
+            schedule.kind, check_finite, backend,
+        )  # fmt: skip
+        self.observers, self._graph = tuple(observers), graph
+        self._loops: dict[tuple, Loop] = {}
+
+    def __repr__(self) -> str:
+        return f"Sampler({self.solver!r}, {self.plan.calls} calls of the model)"
+
+    def sample(
+        self,
+        x: Tensor | None = None,
+        *,
+        shape: Sequence[int] | None = None,
+        conditioning: Mapping[str, object] | None = None,
+        unconditional: Mapping[str, object] | None = None,
+        generator: Generator = None,
+        seed: Seed = None,
+        noise: Sequence[Tensor] | Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        first_call: int = 0,
+        progress: bool = False,
+        callback: Callable[[StepInfo], None] | None = None,
+        preview: bool = False,
+        return_trajectory: bool = False,
+        max_batch: int | None = None,
+    ) -> Tensor | Trajectory:
+        """From noise to a sample.
+
+        Args:
+            x: where to start, [B, ...]; it is not changed. ``None``: noise of ``shape``, ``dtype``, on ``device``.
+            conditioning: keyword arguments of the denoiser. Tensors have the batch's size or one row.
+            unconditional: what replaces them in the unconditional half of guidance; same names.
+            generator: a torch.Generator, or one for each sample; ``seed``: an int, or one for each sample, instead.
+                With one for each sample, a sample does not depend on what it is batched with.
+            noise: the z of every call that adds noise, in order, each [B, ...], instead of generated ones.
+            first_call: where to enter the plan: with ``x`` a noised image, as image-to-image does.
+            progress: a line on stderr.
+            callback: called with a ``StepInfo`` after every call of the model.
+            preview: ``StepInfo.x0`` is wanted.
+            return_trajectory: a ``Trajectory`` instead of the sample.
+            max_batch: larger batches are run in pieces of this size, with the same result.
+
+        Raises:
+            TypeError, ValueError: a bad argument, or a bad result of the denoiser; the message names it and the call.
+        """
+        x, keys = self._start(x, shape, dtype, device, generator, seed)
+        if not 0 <= first_call < self.plan.calls:
+            raise ValueError(f"first_call: expected a call from 0 to {self.plan.calls - 1}, got {first_call}")
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch: expected a positive number, got {max_batch}")
+        conditions = Conditions(conditioning, unconditional, x, self.guidance is not None)
+        given = Noise(noise, self.plan, x, first_call)
+        size = x.shape[0] if max_batch is None else max(1, min(max_batch, x.shape[0]))
+        pieces = range(0, x.shape[0], size) if x.shape[0] else (0,)
+        results = []
+        with Progress(progress, self.solver.name, len(pieces) * (self.plan.calls - first_call)) as line:
+            for begin in pieces:
+                part = slice(begin, begin + size)
+                results.append(
+                    self._run(x[part], None if keys is None else keys[part], conditions.part(part), given.part(part),
+                              first_call, line, callback, preview, return_trajectory)
+                )  # fmt: skip
+        if not return_trajectory:
+            return results[0] if len(results) == 1 else torch.cat(results)
+        states = torch.cat([r.states for r in results], 1)
+        return Trajectory(states[-1], states, results[0].times)
+
+    def _start(self, x, shape, dtype, device, generator, seed) -> tuple[Tensor, Tensor | None]:
+        """(the starting sample, keys [B, 2] or None)."""
+        if (x is None) == (shape is None):
+            raise ValueError("x: expected either x or shape" + (", got both" if shape is not None else ""))
+        if x is not None:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+            if x.dtype not in FLOATS or x.dim() < 1:
+                raise ValueError(f"x: expected a floating-point tensor [B, ...], got {x.dtype} {tuple(x.shape)}")
+            batch, device = x.shape[0], x.device
+        else:
+            batch, device = int(shape[0]), torch.device(device)
+            if dtype not in FLOATS:
+                raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
+        _check_generator(generator, device)
+        needs = self.plan.needs_noise or x is None
+        keys = noise_keys(seed, generator, batch, 1, device)[:, 0].contiguous() if needs else None
+        if x is None:
+            x = initial_noise(tuple(shape), keys, self.plan.initial_scale, dtype, self._setting.backend)
+        return x.detach(), keys
+
+    def _run(self, x, keys, conditions, noise, first_call, line, callback, preview, trajectory):
+        run = Run(self.plan, self.schedule, self.conversion, x.shape,
+                  torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)  # fmt: skip
+        control = self.solver.control(run)
+        loop = self._loop(x, keys is not None, preview)
+        states = [x.clone()] if trajectory else []
+        times = []
+
+        def after(call: int) -> None:
+            line.advance()
+            if callback is not None:
+                told = (call, self.plan.calls, self.times[call], self.plan.ends[call])
+                callback(StepInfo(*told, loop.sample, loop.preview))
+            if trajectory and self.plan.ends[call]:
+                states.append(loop.sample.clone())
+            if self.plan.ends[call]:
+                times.append(self.times[call])
+
+        with torch.inference_mode():
+            loop.begin(x, keys)
+            graphed = loop.graph_of(self._graph, self.observers, control, noise)
+            loop.run(self.denoiser, conditions, noise, control or Control(), self.observers, first_call, after, graphed)
+            result = loop.sample.clone()
+        # Buffers made under inference mode stay inside; what leaves is an ordinary tensor.
+        result = _ordinary(result)
+        return Trajectory(result, torch.stack([_ordinary(s) for s in states]), tuple(times)) if trajectory else result
+
+    def _loop(self, x: Tensor, noisy: bool, preview: bool) -> Loop:
+        """The buffers for tensors like ``x``; those of the last few shapes are kept."""
+        key = (x.shape, x.dtype, x.device, noisy, preview, torch.get_num_threads())
+        loop = self._loops.pop(key, None)
+        if loop is None:
+            while len(self._loops) >= 4:
+                self._loops.pop(next(iter(self._loops)))
+            with torch.inference_mode():
+                loop = Loop(self._setting, x, noisy, preview)
+        self._loops[key] = loop
+        return loop
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _check_parts(denoiser, schedule, solver, observers) -> None:
+    if not callable(denoiser):
+        raise TypeError(f"denoiser: expected a callable, got {type(denoiser).__name__}")
+    if not isinstance(schedule, NoiseSchedule):
+        raise TypeError(f"schedule: expected a NoiseSchedule, got {type(schedule).__name__}")
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver: expected a solver such as DDIM(), got {type(solver).__name__}")
+    for observer in observers:
+        if not callable(getattr(observer, "begin_step", None)):
+            raise TypeError(f"observers: {type(observer).__name__} has no begin_step")
+
+
+def _check_dynamic(clip, quantile, most) -> None:
+    if quantile is None:
+        return
+    if clip is not None:
+        raise ValueError("dynamic_threshold: expected either clip or dynamic_threshold, got both")
+    if not 0 < quantile < 1:
+        raise ValueError(f"dynamic_threshold: expected a quantile between 0 and 1, got {quantile}")
+    if not most >= 1:
+        raise ValueError(f"dynamic_max: expected a number from 1, got {most}")
+
+
+def _times_of(solver: Solver, schedule: NoiseSchedule, num_steps, timesteps) -> list[float]:
+    if timesteps is None:
+        if num_steps is None:
+            raise ValueError("num_steps: expected num_steps or timesteps")
+        if isinstance(num_steps, bool) or not hasattr(num_steps, "__index__"):
+            raise TypeError(f"num_steps: expected an int, got {type(num_steps).__name__}")
+        if int(num_steps) < 1:
+            raise ValueError(f"num_steps: expected at least 1, got {num_steps}")
+        return list(solver.timesteps(schedule, int(num_steps)))
+    times = [float(t) for t in timesteps]
+    if not times:
+        raise ValueError("timesteps: expected at least one")
+    if num_steps is not None and num_steps != len(times):
+        raise ValueError(f"num_steps: {num_steps} does not fit {len(times)} timesteps")
+    if any(later >= earlier for earlier, later in zip(times, times[1:], strict=False)):
+        raise ValueError(f"timesteps: expected descending times, got {times[:8]}{'...' if len(times) > 8 else ''}")
+    return times
+
+
+def _time_table(given, plan: Plan) -> tuple[float, ...]:
+    if given is None:
+        return plan.times
+    times = tuple(float(t) for t in given)
+    if len(times) != plan.calls:
+        raise ValueError(f"time_table: expected a time for each of {plan.calls} calls of the model, got {len(times)}")
+    return times
+
+
+def _guidance_of(scale, calls: int) -> tuple[float, ...] | None:
+    if scale is None:
+        return None
+    if isinstance(scale, (int, float)):
+        return (float(scale),) * calls
+    scales = tuple(float(s) for s in scale)
+    if len(scales) != calls:
+        raise ValueError(f"guidance_scale: expected a number, or one for each of {calls} calls, got {len(scales)}")
+    return scales
+
+
+def _with_input_scale(plan: Plan, scale: Callable[[Level], float] | None) -> Plan:
+    if scale is None:
+        return plan
+    table = plan.table.clone()
+    for call, level in enumerate(plan.levels[1:]):
+        table[call, C.INPUT_SCALE] = float(scale(level))
+    return Plan(plan.times, plan.levels, table, plan.ends, plan.initial_scale)
+
+
+def _check_generator(generator: Generator, device: torch.device) -> None:
+    """A generator of the CPU serves every device, since it only gives seeds; another device's must be that of x."""
+    for one in generator if isinstance(generator, Sequence) else [generator]:
+        if isinstance(one, torch.Generator) and one.device.type not in ("cpu", device.type):
+            raise ValueError(f"generator: on {one.device}, the sample is on {device}")
