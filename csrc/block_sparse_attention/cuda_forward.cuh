@@ -200,24 +200,28 @@ auto with_forward_tile(const ForwardProblem& p, const F& f) {
                          : with_forward_tile<Float16, false>(size, log_block, f);
 }
 
-// Every launch of a forward pass: launch(kernel, thread blocks in x and y, threads, bytes of shared memory, p) returns
-// why it failed, or null.
+// What comes before the forward kernel: launch(kernel, thread blocks in x and y, threads, bytes of shared memory, p)
+// returns why it failed, or null.
 template <typename Launch>
-const char* launch_forward(const ForwardProblem& p, const Launch& launch) {
+const char* launch_codes(const ForwardProblem& p, const Launch& launch) {
+    if (!p.int8_scores) return nullptr;
     const int64_t heads = static_cast<int64_t>(p.batch) * p.heads,
                   kv_heads = static_cast<int64_t>(p.batch) * p.kv_heads;
-    if (p.int8_scores) {
-        const int parts = Codes(p).parts, sums_bytes = kCodeThreads * 8 * 4;
-        const char* why = launch(key_sums_kernel, kv_heads * parts, 1, kCodeThreads, sums_bytes, p);
-        if (!why) why = launch(key_mean_kernel, kv_heads, 1, kCodeThreads, 0, p);
-        if (!why) why = launch(codes_kernel<true>, kv_heads * p.key_blocks, 1, kCodeThreads, 64, p);
-        if (!why) why = launch(codes_kernel<false>, heads * p.query_blocks, 1, kCodeThreads, 64, p);
-        if (why) return why;
-    }
+    const int parts = Codes(p).parts, sums_bytes = kCodeThreads * 8 * 4;
+    const char* why = launch(key_sums_kernel, kv_heads * parts, 1, kCodeThreads, sums_bytes, p);
+    if (!why) why = launch(key_mean_kernel, kv_heads, 1, kCodeThreads, 0, p);
+    if (!why) why = launch(codes_kernel<true>, kv_heads * p.key_blocks, 1, kCodeThreads, 64, p);
+    if (!why) why = launch(codes_kernel<false>, heads * p.query_blocks, 1, kCodeThreads, 64, p);
+    return why;
+}
+
+template <typename Launch>
+const char* launch_mma(const ForwardProblem& p, const Launch& launch) {
     return with_forward_tile(p, [&](auto tile) {
         using Tile = decltype(tile);
-        return launch(forward_kernel<Tile>, slices_of(heads, p.query_blocks, p.log_block, Tile::ROWS), 1,
-                      Tile::kThreads, Tile::kSharedBytes, p);
+        const int64_t blocks =
+            slices_of(static_cast<int64_t>(p.batch) * p.heads, p.query_blocks, p.log_block, Tile::ROWS);
+        return launch(forward_kernel<Tile>, blocks, 1, Tile::kThreads, Tile::kSharedBytes, p);
     });
 }
 

@@ -5,33 +5,13 @@
 // of a 128-byte swizzle. Two blocks share a multiprocessor: while one waits at its barrier, the other's products run.
 #pragma once
 
+#include "../core/cuda_wgmma.cuh"
 #include "cuda_mma.cuh"
 
 namespace pdn {
 namespace {
 
 // ------------------------------------------------------------------------------------------------------- instructions
-
-__device__ __forceinline__ void fence_products() {  // registers before this are seen by the products after it
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void commit_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_products() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void fence_copies() {  // this thread's copies are seen by the tensor cores
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
 
 // d += A B for 64 rows, N columns, 32 bytes of depth; A and B are descriptors of operands in shared memory.
 template <int N>
@@ -101,17 +81,6 @@ __device__ __forceinline__ void multiply_async<160>(int (&d)[80], uint64_t a, ui
 }
 
 // ------------------------------------------------------------------------------------------------------------- shapes
-
-// Where chunk `chunk` of row `row` lies in an operand with rows of 128 bytes: address bits 4 to 6 are combined with
-// bits 7 to 9, as the tensor cores do for operands that start at a multiple of 1024 bytes.
-PDN_HD int swizzled128(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
-
-// Descriptor of an operand at shared address `address` (+ 32 bytes per depth step): 128-byte swizzle, groups of eight
-// rows 1024 bytes apart; the leading offset has no meaning here.
-PDN_HD uint64_t operand_descriptor(uint32_t address) {
-    return static_cast<uint64_t>(address >> 4 & 0x3fffu) | uint64_t{1} << 16 | uint64_t{1024 >> 4} << 32 |
-           uint64_t{1} << 62;
-}
 
 template <int BN_>
 struct WgmmaTile {

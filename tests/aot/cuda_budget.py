@@ -47,6 +47,9 @@ INSTRUCTIONS = {
     (_ATTENTION, None): r"\b(LDGSTS\.E\.BYPASS|UTMALDG)",
     ("mma_kernel", None): r"\bIMMA\.16832\.S8\.S8\b",
     ("wgmma_kernel", "90a"): r"\bIGMMA\.64x\d+x32\.S8\.S8\b",
+    ("wgmma_forward_kernel<WgmmaForward<BFloat16", "90a"): r"\bHGMMA\.64x\d+x16\.F32\.BF16\b",
+    ("wgmma_forward_kernel<WgmmaForward<Float16", "90a"): r"\bHGMMA\.64x\d+x16\.F32\b(?!\.)",
+    ("wgmma_forward_kernel<.*(true|1)> ?>", "90a"): r"\bIGMMA\.64x\d+x32\.S8\.S8\b",
 }
 
 

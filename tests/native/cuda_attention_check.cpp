@@ -8,7 +8,7 @@
 
 #include "../../csrc/block_importance/cuda_kernels.cuh"
 #include "../../csrc/block_sparse_attention/cuda_backward.cuh"
-#include "../../csrc/block_sparse_attention/cuda_forward.cuh"
+#include "../../csrc/block_sparse_attention/cuda_wgmma.cuh"
 
 namespace {
 
@@ -79,7 +79,7 @@ struct Case {
     int gap;
     float scale;
     int new_blocks;
-    bool sink = false;
+    bool sink = false, only_wgmma = false;
 };
 
 // Lists of blocks drawn at random; unused places hold numbers that must not be read.
@@ -291,7 +291,7 @@ constexpr auto on_host = [](auto kernel, int64_t x, int64_t y, int threads, int 
     return static_cast<const char*>(nullptr);
 };
 
-bool run_forward(const Case& c, const Inputs& x, const Oracle& o) {
+bool run_forward(const Case& c, const Inputs& x, const Oracle& o, bool wgmma) {
     Tensor output(c.type, c.batch, c.heads, c.queries, c.size, c.gap);
     std::vector<float> lse(o.lse.size(), NAN);
     ForwardProblem p{};
@@ -301,9 +301,13 @@ bool run_forward(const Case& c, const Inputs& x, const Oracle& o) {
     std::vector<Chunk> workspace(Codes(p).bytes / 16 + 1);
     std::memset(workspace.data(), 0xff, workspace.size() * 16);
     p.workspace = workspace.data();
-    launch_forward(p, on_host);
+    if (wgmma && !fits_wgmma(p)) return true;
+    launch_forward(p, wgmma, on_host);
     const double bound = bound_of(c.type);
-    bool good = report(c.name, c.int8 ? "int8 output" : "output",
+    bool good = report(c.name,
+                       wgmma    ? "wgmma"
+                       : c.int8 ? "int8 output"
+                                : "output",
                        error_of(o.output, [&](size_t i) { return output.get(i); }), c.int8 ? bound + 1e-3 : bound);
     return report(c.name, "lse", error_of(o.lse, [&](size_t i) { return lse[i]; }), c.int8 ? 1e-3 : 2e-6) && good;
 }
@@ -403,12 +407,23 @@ const Case kCases[] = {
     {"float", F32, 2, 2, 1, 150, 100, 64, 64, 0.6, false, false, true, false, 4, 0.125f, 1},
     {"float, blocks of 16", F32, 1, 2, 2, 50, 70, 16, 16, 0.5, true, false, false, false, 0, 0.25f, 1},
     {"float, long heads", F32, 1, 1, 1, 130, 140, 104, 128, 0.9, true, false, false, false, 0, 0.1f, 1},
-    {"float, longest heads", F32, 1, 1, 1, 40, 70, 256, 32, 0.7, true, false, false, false, 0, 0.06f, 1},
+    {"float, longest heads", F32, 1, 1, 1, 60, 70, 256, 64, 0.7, true, false, false, false, 0, 0.06f, 1},
     {"int8", BF16, 2, 2, 1, 140, 203, 64, 64, 0.6, false, false, true, true, 0, 0.125f, 1},
     {"int8, blocks of 128", F16, 1, 2, 1, 140, 203, 128, 128, 0.6, false, false, false, true, 0, 0.1f, 1},
     {"int8, blocks of 32", F16, 1, 2, 1, 70, 90, 40, 32, 0.6, true, false, false, true, 8, 0.1f, 1},
     {"int8, float", F32, 1, 1, 1, 50, 60, 72, 16, 0.6, true, false, false, true, 0, 0.1f, 1},
     {"int8, longest heads", BF16, 1, 1, 1, 50, 90, 256, 64, 0.9, true, false, false, true, 0, 0.06f, 1},
+    // the rest for wgmma: many steps, both widths, padded heads, rows and batches without keys
+    {"many blocks", F16, 1, 2, 1, 130, 900, 128, 128, 0.9, false, false, false, false, 0, 0.09f, 1, false, true},
+    {"many blocks, int8", BF16, 1, 1, 1, 200, 800, 64, 128, 0.9, true, false, false, true, 0, 0.1f, 1, false, true},
+    {"many blocks, sink", BF16, 1, 1, 1, 64, 640, 64, 128, 1.0, true, false, false, false, 0, 0.125f, 1, true, true},
+    {"padded heads", BF16, 3, 2, 1, 65, 300, 104, 128, 0.8, true, false, true, false, 8, 0.1f, 1, false, true},
+    {"padded heads, int8", F16, 3, 2, 1, 63, 400, 72, 128, 0.8, false, false, true, true, 8, 0.1f, 1, false, true},
+    {"small heads", F16, 3, 2, 2, 129, 390, 8, 128, 0.7, true, true, true, false, 0, 0.4f, 1, false, true},
+    {"small heads, int8", BF16, 3, 2, 1, 1, 260, 24, 128, 0.7, true, false, true, true, 0, 0.2f, 1, false, true},
+    {"long heads, int8", BF16, 1, 2, 1, 100, 520, 128, 128, 0.9, false, false, false, true, 0, 0.1f, 1, false, true},
+    {"few blocks", F16, 1, 3, 1, 500, 500, 64, 128, 0.2, true, false, false, false, 0, 0.125f, 1, false, true},
+    {"few blocks, int8", F16, 1, 2, 1, 500, 500, 64, 128, 0.2, true, false, false, true, 0, 0.1f, 1, false, true},
 };
 
 }  // namespace
@@ -419,7 +434,12 @@ int main() {
         emulator::backward = !emulator::backward;
         const Inputs x(c);
         const Oracle o = oracle_of(c, x);
-        good = run_forward(c, x, o) && good;
+        if (!c.only_wgmma) good = run_forward(c, x, o, false) && good;
+        for (int order = 0; order < 2; ++order) {
+            good = run_forward(c, x, o, true) && good;
+            emulator::backward = !emulator::backward;
+        }
+        if (c.only_wgmma) continue;
         if (c.int8) continue;
         good = run_backward(c, x, o) && good;
         good = run_importance(c, x, false) && good;
