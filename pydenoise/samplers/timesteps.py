@@ -165,6 +165,22 @@ def spaced(spacing: str, schedule: NoiseSchedule, num_steps: int, *, steps_offse
     return SPACINGS[spacing](schedule, num_steps, **options)
 
 
+def solver_times(
+    schedule: NoiseSchedule, num_steps: int, spacing: str | None, *, steps_offset: int = 0, ends_clean: bool = True
+) -> Times:
+    """The times of a solver with an option ``spacing``; ``None``: "leading", "karras" on "ve", "linspace" on "flow".
+
+    A solver that does not end at a clean sample ends at the schedule's first level, which is then left out of the times
+    of "karras" and "linspace" chosen here.
+    """
+    if spacing is not None:
+        return spaced(spacing, schedule, num_steps, steps_offset=steps_offset)
+    if schedule.kind == "vp":
+        return leading(schedule, num_steps, offset=steps_offset)
+    chosen = "karras" if schedule.kind == "ve" else "linspace"
+    return spaced(chosen, schedule, num_steps, steps_offset=steps_offset, drop_last=not ends_clean)
+
+
 def check_times(schedule: NoiseSchedule, timesteps: Sequence[float]) -> Times:
     """``timesteps`` as floats: at least one, strictly descending, inside the schedule."""
     times = [float(t) for t in timesteps]
