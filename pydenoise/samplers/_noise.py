@@ -12,12 +12,14 @@ from pydenoise.samplers.plan import Plan
 START = 0  # the number of the starting noise; call i has number i + 1
 
 
-def initial_noise(shape: tuple[int, ...], keys: Tensor, scale: float, dtype: torch.dtype, backend: str) -> Tensor:
-    """``scale`` times standard normal numbers [B, ...]."""
+def initial_noise(
+    shape: tuple[int, ...], keys: Tensor, scale: float, dtype: torch.dtype, backend: str, number: int = START
+) -> Tensor:
+    """``scale`` times standard normal numbers [B, ...]; another ``number`` has others."""
     x = torch.empty(shape, dtype=dtype, device=keys.device)
     table = torch.zeros(1, C.WIDTH, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=x.device)
     table[:, C.NOISE], table[:, C.SLOT] = scale, -1
-    return PF.sampler_step(x, None, table, seed=keys, step=START, out=x, backend=backend)
+    return PF.sampler_step(x, None, table, seed=keys, step=number, out=x, backend=backend)
 
 
 class Noise:

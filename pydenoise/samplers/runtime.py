@@ -70,7 +70,7 @@ class Sampler:
             ``dynamic_max``) and divided by it (Saharia et al., 2022), instead of ``clip``.
         input_scale: what the model's input is multiplied by, for each ``Level``.
         observers: told of every call through ``begin_step(call, calls)`` before the model runs (sparse attention,
-            networks whose width changes).
+            networks whose width changes), and of a run's times through ``begin_run(times)``, if they have that.
         model_dtype: of the model's input; ``None``: the sample's.
         graph: capture a step as a CUDA graph; ``None``: on CUDA, where nothing forbids it.
         check_finite: a denoiser that returns NaN or infinity is an error that names the call.
@@ -207,6 +207,9 @@ class Sampler:
         run = Run(self.plan, self.schedule, self.conversion, x.shape,
                   torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)  # fmt: skip
         control = self.solver.control(run)
+        for observer in self.observers:
+            if hasattr(observer, "begin_run"):
+                observer.begin_run(self.times)
         loop = self._loop(x, keys is not None, preview)
         states = [x.clone()] if trajectory else []
         times = []
