@@ -54,7 +54,7 @@ class Loop:
         self.rows, self.steps = numbers[:-1].split(1), numbers[1:].split(1)
         self.faults = torch.full((1,), NO_FAULT, dtype=torch.int32, device=x.device)
         self._threshold = _Threshold(setting, self) if setting.quantile is not None else None
-        self._bound = self._bind() if x.device.type == "cpu" and self._threshold is None else None
+        self.bound = self._bind() if x.device.type == "cpu" and self._threshold is None else None
         self._graphs = Graphs(self)
 
     def _model_input(self, x: Tensor) -> Tensor | None:
@@ -125,7 +125,7 @@ class Loop:
         """Every call from ``first_call`` on; ``after`` is called with its number."""
         calls = self.setting.plan.calls
         step = self._graphs.step(denoiser, conditions, observers, first_call) if graphed else None
-        plain = type(control) is Control and noise is None and self._bound is not None
+        plain = type(control) is Control and noise is None and self.bound is not None
         for call in range(first_call, calls):
             for observer in observers:
                 observer.begin_step(call, calls)
@@ -137,9 +137,9 @@ class Loop:
             t = self.times[call] if given is None else self._own_times(given)
             output, other = self.split(denoiser(self.input, t, **conditions), call)
             if plain:
-                finite = self._bound.run(output, other, call, call + 1)
+                finite = self.bound.run(output, other, call, call + 1)
             else:
-                control.apply(call, self._launcher(call, output, other, noise))
+                control.apply(call, self.launcher(call, output, other, noise))
                 finite = self.device.type != "cpu" or int(self.faults) == NO_FAULT
             if not finite and self.setting.check_finite:
                 raise ValueError(self._fault(call))
@@ -176,7 +176,7 @@ class Loop:
         batch = self.sample.shape[0]
         return output[batch:], output[:batch]
 
-    def _launcher(self, call: int, output: Tensor, other: Tensor | None, noise) -> Callable[..., Tensor]:
+    def launcher(self, call: int, output: Tensor, other: Tensor | None, noise) -> Callable[..., Tensor]:
         z = None if noise is None else noise.get(call)
 
         given = (output, other)
