@@ -171,9 +171,31 @@ class Prepared {
     Params p_{};
 };
 
+// The columns of a row, by the names of pydenoise/step_row.py.
+py::dict columns() {
+    using namespace sampler_step;
+    const std::pair<const char*, Column> named[] = {
+        {"guidance", kGuidance},  {"x0_sample", kX0Sample},
+        {"x0_output", kX0Output}, {"clip", kClip},
+        {"m_sample", kMSample},   {"m_output", kMOutput},
+        {"m_x0", kMX0},           {"slot", kSlot},
+        {"sample", kSample},      {"base", kBase},
+        {"output", kOutput},      {"m", kM},
+        {"noise", kNoise},        {"log_small", kLogSmall},
+        {"log_large", kLogLarge}, {"input_scale", kInputScale},
+        {"history", kHistory},    {"kept_sample", kKeptSample},
+        {"kept_base", kKeptBase}, {"kept_m", kKeptM},
+        {"kept_out", kKeptOut},   {"kept_history", kKeptHistory},
+    };
+    py::dict found;
+    for (const auto& [name, column] : named) found[name] = static_cast<int>(column);
+    return found;
+}
+
 }  // namespace
 
 void define_sampler_step(py::module_& m) {
+    m.def("sampler_step_columns", &columns, "Where the kernels of sampler_step find what in a row of coefficients.");
     py::class_<Prepared>(m, "SamplerStep",
                          "A step of a sampler on fixed buffers: fields by name, tensors as addresses.")
         .def(py::init<const py::dict&>())
