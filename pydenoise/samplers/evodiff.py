@@ -1,0 +1,223 @@
+"""EVODiff: a two-step solver whose weights come from how the model's last outputs lie to each other."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pydenoise import step_row as C
+from pydenoise.samplers._path import check_times_options, path, times_to
+from pydenoise.samplers.levels import Level, NoiseSchedule
+from pydenoise.samplers.plan import Control, Conversion, Launch, Plan, Run, Solver, row
+
+FEW_STEPS = 20  # up to so many, zeta does not look at the difference of the outputs
+LARGEST = 2.0  # of a ratio of dot products
+
+Terms = dict[str, float | Tensor]  # coefficients of "base" and of x0: "t" the newest, "0" and "1" the two before it
+
+
+@dataclass(frozen=True)
+class EVODiff(Solver):
+    """EVODiff of order 2 on x0: one call of the model a step, weights that reduce the variance of the step.
+
+    Its weights are functions of dot products of the last three x0 over each channel of each sample, so samples are
+    [B, C, ...]. A call is two launches: one takes x0 and the dot products, one corrects the last prediction and makes
+    the next. Where two outputs are the same, so that a ratio would be 0 / 0, it is 0. The states of a trajectory are
+    the predicted samples, which are what the model sees. Meant for few steps: it does not converge with more.
+
+    Args:
+        final: where to end: "sigma_min" (the schedule's least noise), "zero" or a time.
+        spacing: which times: a name of ``pydenoise.samplers.timesteps``; the public code has "uniform_log_snr" and
+            "karras".
+
+    Source: Li et al., EVODiff: Entropy-aware Variance Optimized Diffusion Inference, https://arxiv.org/abs/2509.26096,
+    and its public code for sigmoids and clamps; of a "vp" or "flow" schedule the same in x / alpha.
+    """
+
+    final: str | float = "sigma_min"
+    spacing: str = "uniform_log_snr"
+
+    name = "EVODiff"
+
+    def __post_init__(self):
+        check_times_options(self.spacing, 0, self.final)
+
+    def timesteps(self, schedule: NoiseSchedule, num_steps: int) -> list[float]:
+        """As ``spacing`` says; where its last time is the end, it is left out."""
+        return times_to(schedule, num_steps, self.spacing, 0, self.final)
+
+    def plan(self, schedule: NoiseSchedule, timesteps: Sequence[float], conversion: Conversion) -> Plan:
+        """Row 0: an Euler step, kept. The others leave x0 in the place of the sample, for the control's own rows."""
+        levels = path(schedule, timesteps, self.final)
+        if len(timesteps) < 2:
+            raise ValueError(f"num_steps: EVODiff needs at least 2 steps, got {len(timesteps)}")
+        if levels[0].alpha == 0:
+            raise ValueError(
+                f"timesteps: EVODiff cannot begin at pure noise (time {timesteps[0]:g}); DPMSolverPP and UniPC can"
+            )
+        step = _Step.between(levels, 1)
+        first = row(
+            conversion, levels[0], "sample", sample=step.ratio * levels[1].alpha / levels[0].alpha,
+            m=step.gain * levels[1].alpha, slot=0, kept={"out": 1.0},
+        )  # fmt: skip
+        rows = [first]
+        for call, level in enumerate(levels[1:-1], 1):
+            rows.append(row(conversion, level, "sample", m=1.0, slot=1 if call == 1 else -1))
+        return Plan.of(timesteps, levels[:-1], rows, initial_scale=schedule.initial_scale)
+
+    def control(self, run: Run) -> Control:
+        """Weights from dot products."""
+        if len(run.shape) < 2:
+            raise ValueError(f"x: EVODiff needs samples [B, C, ...], got {tuple(run.shape)}")
+        return _Balance(run, path(run.schedule, run.plan.times, self.final))
+
+
+class _Step(NamedTuple):
+    """Constants of the step to a level, in x / alpha and s = sigma / alpha."""
+
+    ratio: float  # s / s0
+    gain: float  # 1 - ratio: what the Euler step takes of x0
+    spread: float  # log(s1 / s0) / log(s0 / s), the step before in units of this one
+    trust: float  # weight of the data-dependent ratio against base
+    base: float
+    inverse: float  # 1 / s - 1 / s0
+
+    @classmethod
+    def between(cls, levels: Sequence[Level], number: int) -> "_Step":
+        """To ``levels[number]``."""
+        noise = [level.sigma / level.alpha for level in levels]
+        s, s0 = noise[number], noise[number - 1]
+        ratio = s / s0
+        if number < 2 or s == 0:
+            return cls(ratio, 1 - ratio, math.nan, math.nan, math.nan, math.nan)
+        s1 = noise[number - 2]
+        trust = (1 - ((s + noise[-1]) / (noise[0] + noise[-1])) ** 2) / 2
+        spread = math.log(s1 / s0) / math.log(s0 / s)
+        return cls(ratio, 1 - ratio, spread, trust, math.sqrt(ratio / (s0 / s1)), 1 / s - 1 / s0)
+
+    def mixed(self, alike: Tensor) -> Tensor:
+        """How much of an x0 the next one repeats: what the steps alone say, mixed with what the data do."""
+        return (1 - self.trust) * self.base + self.trust * alike
+
+
+class _Products(NamedTuple):
+    """Dot products [groups] of the newest x0 (t) and the two before it (0, 1)."""
+
+    tt: Tensor
+    t0: Tensor
+    t1: Tensor
+    p00: Tensor
+    p01: Tensor
+    p11: Tensor
+
+
+class _Balance(Control):
+    """Two launches a call: x0 with its dot products, then the step with the coefficients that they give."""
+
+    statistics = "dots"
+
+    def __init__(self, run: Run, levels: Sequence[Level]):
+        self._levels, self._calls = levels, run.plan.calls
+        self._steps = [_Step.between(levels, max(n, 1)) for n in range(len(levels))]
+        self._smallest = 4 * torch.finfo(run.dtype).eps  # below this share of its terms a difference is rounding
+        batch, channels = run.shape[:2]
+        self._groups = torch.arange(batch * channels, device=run.device).view(batch, channels)
+        self._table = torch.zeros(batch * channels, C.WIDTH, dtype=run.dtype, device=run.device)
+        self._table[:, C.CLIP] = math.inf
+        self._table[:, [C.INPUT_SCALE, C.X0_SAMPLE, C.M_SAMPLE]] = 1.0  # the sample's place holds x0 then
+        self._input_scale = run.plan.table[:, C.INPUT_SCALE].tolist()
+        self._past: tuple[Tensor, Tensor, Tensor] | None = None  # <m0, m0>, <m0, m1>, <m1, m1> of the call before
+        self._leading: Tensor | None = None  # r1 of the last prediction
+
+    def apply(self, call: int, launch: Launch) -> None:
+        """See ``Control``."""
+        if call > 0 and self._past is None:
+            raise ValueError(f"first_call: EVODiff cannot be entered at call {call}; give the times from there on")
+        sums = launch(rows=torch.full_like(self._groups, call), statistics="dots")
+        tt, t0, t1 = sums[:, 0], sums[:, 1 + (call - 1) % 2], sums[:, 1 + call % 2]
+        if call == 0:
+            self._past = (tt, tt, tt)  # only the first is looked at before there are three x0
+            return
+        products = _Products(tt, t0, t1, *self._past)
+        alike = _ratio(t0, products.p00, 0.0)
+        state: Terms = {"base": 1.0} if call == 1 else self._corrected(call, products, alike)
+        last = call + 1 == self._calls
+        after = self._last(call, state) if last else self._predicted(call, state, alike)
+        self._fill(call, after, state if call > 1 and not last else {})
+        launch(rows=self._groups, table=self._table, output=False)
+        self._past = (tt, t0, products.p00)
+
+    def _corrected(self, call: int, p: _Products, alike: Tensor) -> Terms:
+        """The state at this call's level, from the one before, now that x0 at its prediction is known."""
+        step, level, before = self._steps[call], self._levels[call], self._levels[call - 1]
+        r1, r2, spread = self._leading, step.mixed(alike), step.spread
+        first = p.p00 - 2 * r1 * p.p01 + r1**2 * p.p11  # of D1 = m0 - r1 m1 with itself
+        second = p.tt - 2 * r2 * p.t0 + r2**2 * p.p00  # of D2 = mt - r2 m0 with itself
+        cross = p.t0 - r2 * p.p00 - r1 * p.t1 + r1 * r2 * p.p01
+        backward, forward = first / spread**2, second * spread**2
+        balance = _ratio(forward - backward, forward + backward - 2 * cross, self._smallest * (forward + backward))
+        eta = torch.sigmoid((balance / 2).abs()) / 2
+        on_first, on_second = -eta / spread, spread * (1 - eta)  # the slope in D1 and D2
+        slope_on_first = on_first * first + on_second * cross
+        size = self._smallest * (p.p00 + r1**2 * p.p11)
+        scale = step.gain / (2 * torch.sigmoid(r1.abs() / 4) * spread)
+        shift = _ratio(scale * (first - slope_on_first), first, size) / step.gain
+        weight = step.gain / (2 * self._zeta(step, shift.abs() - 0.5, p))
+        alpha = level.alpha
+        return {
+            "base": alpha * step.ratio / before.alpha,
+            "t": alpha * weight * on_second,
+            "0": alpha * (step.gain + weight * (on_first - on_second * r2)),
+            "1": alpha * weight * -on_first * r1,
+        }
+
+    def _zeta(self, step: "_Step", shift: Tensor, p: _Products) -> Tensor:
+        if self._calls <= FEW_STEPS:
+            return torch.sigmoid(shift)
+        square = p.p00 - 2 * p.p01 + p.p11
+        along = _ratio(step.inverse * (p.p00 - p.p01), square, self._smallest * (p.p00 + p.p11))
+        return torch.sigmoid(-shift * torch.sigmoid(along * (2 - step.ratio**2)))
+
+    def _predicted(self, call: int, state: Terms, alike: Tensor) -> Terms:
+        """The prediction at the next level, from the state at this one."""
+        step, alpha = self._steps[call + 1], self._levels[call + 1].alpha
+        self._leading = step.mixed(alike)
+        weight = step.gain / (2 * torch.sigmoid(self._leading.abs() / 4) * step.spread)
+        keep = alpha * step.ratio / self._levels[call].alpha
+        return _sum(keep, state, {"t": alpha * (step.gain + weight), "0": -alpha * weight * self._leading})
+
+    def _last(self, call: int, state: Terms) -> Terms:
+        """The result, from the state at the last call's level."""
+        step, level, end = self._steps[call + 1], self._levels[call], self._levels[call + 1]
+        shrink = 1 - math.sqrt(end.sigma / end.alpha * level.sigma / level.alpha)
+        share = 1 - math.sqrt(step.ratio if step.ratio < 0.5 else step.ratio - 0.5) / 2
+        on_newest, on_before = step.gain * (shrink + 0.5), -step.gain * share / 2
+        keep = shrink * end.alpha * step.ratio / level.alpha
+        return _sum(keep, state, {"t": end.alpha * on_newest, "0": end.alpha * on_before})
+
+    def _fill(self, call: int, after: Terms, kept: Terms) -> None:
+        """Coefficients into the table's rows; x0 of this call, "t", is m."""
+        table, slots = self._table, {"0": (call - 1) % 2, "1": call % 2}
+        table[:, C.SLOT] = call % 2
+        table[:, C.INPUT_SCALE] = self._input_scale[call]
+        for terms, on_base, on_m, on_history in (
+            (after, C.BASE, C.M, C.HISTORY),
+            (kept, C.KEPT_BASE, C.KEPT_M, C.KEPT_HISTORY),
+        ):
+            table[:, on_base], table[:, on_m] = terms.get("base", 0.0), terms.get("t", 0.0)
+            for name, slot in slots.items():
+                table[:, on_history + slot] = terms.get(name, 0.0)
+
+
+def _ratio(over: Tensor, under: Tensor, smallest: Tensor | float) -> Tensor:
+    """over / under within the largest ratio; 0 where ``under`` is not above ``smallest``."""
+    zero = torch.zeros((), dtype=under.dtype, device=under.device)
+    return torch.where(under > smallest, over / under, zero).clamp(-LARGEST, LARGEST)
+
+
+def _sum(factor: float, terms: Terms, others: Terms) -> Terms:
+    """factor * terms + others."""
+    return {name: factor * terms.get(name, 0.0) + others.get(name, 0.0) for name in (*terms, *others)}
