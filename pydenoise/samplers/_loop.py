@@ -50,6 +50,7 @@ class Loop:
         self.model_input = self._model_input(x)
         self.input = self.sample if self.model_input is None else self.model_input
         self.times = self._times(x)
+        self._time_rows = self.times.unbind(0)
         numbers = torch.arange(plan.calls + 1, device=x.device)
         self.rows, self.steps = numbers[:-1].split(1), numbers[1:].split(1)
         self.faults = torch.full((1,), NO_FAULT, dtype=torch.int32, device=x.device)
@@ -134,7 +135,7 @@ class Loop:
                 after(call)
                 continue
             given = control.time(call)
-            t = self.times[call] if given is None else self._own_times(given)
+            t = self._time_rows[call] if given is None else self._own_times(given)
             output, other = self.split(denoiser(self.input, t, **conditions), call)
             if plain:
                 finite = self.bound.run(output, other, call, call + 1)
@@ -183,6 +184,9 @@ class Loop:
 
         def launch(rows=None, table=None, output=True, statistics="none") -> Tensor:
             rows = self.rows[call] if rows is None else rows
+            if table is not None and output and self.setting.guidance is not None:
+                table = table.clone()
+                table[:, C.GUIDANCE] = self.setting.guidance[call]
             both = given if output else (None, None)
             return self.launch(rows, self.steps[call], *both, table, z, statistics)
 
@@ -192,7 +196,7 @@ class Loop:
         """One ``sampler_step`` on the buffers; nothing here waits for a device."""
         threshold = None
         if self._threshold is not None and output is not None:
-            threshold = self._threshold(rows, step, output, other)
+            threshold = self._threshold(table, rows, step, output, other)
         result = PF.sampler_step(
             self.sample, output, self.table if table is None else table, rows, unconditional=other, base=self.base,
             history=self.history, noise=noise, seed=self.keys if noise is None else None, step=step,
@@ -208,16 +212,24 @@ class _Threshold:
 
     def __init__(self, setting: Setting, loop: Loop):
         self._loop, self._quantile, self._most = loop, setting.quantile, setting.most
-        self._table = torch.zeros_like(loop.table)
-        for column in (C.GUIDANCE, C.X0_SAMPLE, C.X0_OUTPUT, C.CLIP):
-            self._table[:, column] = loop.table[:, column]
-        self._table[:, C.SLOT] = -1
+        self._table = self._of(loop.table)
         self._x0, self._nothing = torch.empty_like(loop.sample), torch.empty_like(loop.sample)
 
-    def __call__(self, rows: Tensor, step: Tensor, output: Tensor, other: Tensor | None) -> Tensor:
-        loop = self._loop
+    @staticmethod
+    def _of(table: Tensor) -> Tensor:
+        """Rows that compute x0 and nothing else."""
+        own = torch.zeros_like(table)
+        for column in (C.GUIDANCE, C.X0_SAMPLE, C.X0_OUTPUT, C.CLIP):
+            own[:, column] = table[:, column]
+        own[:, C.SLOT] = -1
+        return own
+
+    def __call__(
+        self, table: Tensor | None, rows: Tensor, step: Tensor, output: Tensor, other: Tensor | None
+    ) -> Tensor:
+        loop, own = self._loop, self._table if table is None else self._of(table)
         PF.sampler_step(
-            loop.sample, output, self._table, rows, unconditional=other, step=step, out=self._nothing,
+            loop.sample, output, own, rows, unconditional=other, step=step, out=self._nothing,
             learned_variance=loop.setting.plan.learned_variance, preview=self._x0, backend=loop.setting.backend,
         )  # fmt: skip
         exact = torch.float64 if loop.sample.dtype == torch.float64 else torch.float32
