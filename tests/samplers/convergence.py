@@ -131,6 +131,18 @@ def schedule() -> NoiseSchedule:
     return NoiseSchedule.from_betas(tensor("an_betas"))
 
 
+@cache
+def diffusers_schedule() -> NoiseSchedule:
+    """The same as diffusers has it, betas and products in float32: what its trajectories agree with to 1e-12."""
+    return NoiseSchedule.from_alphas_cumprod(torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000), 0))
+
+
+@cache
+def public_schedule() -> NoiseSchedule:
+    """The same as PNDM's public code has it, and those made from it: betas in float64, products in float32."""
+    return NoiseSchedule.from_alphas_cumprod(torch.cumprod(1 - tensor("an_betas").float(), 0))
+
+
 def start() -> Tensor:
     """x_T of the golden trajectories [3, 2, 4, 4]."""
     return tensor("an_xT")
