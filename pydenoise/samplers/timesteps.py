@@ -59,8 +59,6 @@ def quadratic(schedule: NoiseSchedule, num_steps: int, *, drop_last: bool = Fals
     times: list[int] = []
     for square in squares:
         times.append(math.floor(square) if not times else max(math.floor(square), times[-1] + 1))
-    if times[-1] >= schedule.num_timesteps:
-        raise ValueError(f"num_steps: {num_steps} quadratic steps do not fit {schedule.num_timesteps} timesteps")
     return _without_last(times[::-1], drop_last)
 
 
