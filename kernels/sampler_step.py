@@ -49,6 +49,12 @@ def _read(pointer, at, mask):
 
 
 @triton.jit
+def _mask(ok, condition):
+    """``ok`` where a scalar condition holds. The interpreter has no "and" of a block and a comparison of floats."""
+    return tl.where(condition, ok, False)
+
+
+@triton.jit
 def _drawn(keys, sample, step, first, COUNT: tl.constexpr):
     """Standard normal numbers of COUNT columns from ``first``, a multiple of BLOCK."""
     counter = first // 4 + tl.arange(0, COUNT // 4)
@@ -101,14 +107,14 @@ def step_kernel(
         kept_out = _coefficient(row, exists, KEPT_OUT)
         reads_sample |= kept_sample != 0
         writes_kept = (kept_sample != 0) | (kept_m != 0) | (kept_out != 0)
-    x = _read(sample, at, ok & reads_sample)
+    x = _read(sample, at, _mask(ok, reads_sample))
     x0 = _term(x0_sample, x)
     m = _term(m_sample, x)
     fresh = _term(of_sample, x)
     if output is not None:
-        y = _read(output, number * output_stride + column, ok & reads_output)
+        y = _read(output, number * output_stride + column, _mask(ok, reads_output))
         if unconditional is not None:
-            other = _read(unconditional, number * other_stride + column, ok & reads_output)
+            other = _read(unconditional, number * other_stride + column, _mask(ok, reads_output))
             y = other + _coefficient(row, exists, GUIDANCE) * (y - other)
         x0 += _term(x0_output, y)
         m += _term(m_output, y)
@@ -130,7 +136,7 @@ def step_kernel(
         if kept is not None:
             kept_base = _coefficient(row, exists, KEPT_BASE)
             reads_base |= kept_base != 0
-        value = _read(base, at, ok & reads_base)
+        value = _read(base, at, _mask(ok, reads_base))
         fresh += _term(of_base, value)
         if kept is not None:
             keep += _term(kept_base, value)
@@ -149,7 +155,7 @@ def step_kernel(
             reads_slot |= kept_slot != 0
         if STATISTICS == 2:
             reads_slot |= True
-        value = _read(history, j * slot_size + at, ok & reads_slot)
+        value = _read(history, j * slot_size + at, _mask(ok, reads_slot))
         fresh += _term(of_slot, value)
         if kept is not None:
             keep += _term(kept_slot, value)
@@ -174,12 +180,12 @@ def step_kernel(
         tl.store(preview + at, x0, mask=ok)
     if kept is not None:
         keep += _term(kept_out, fresh)
-        tl.store(kept + at, keep, mask=ok & writes_kept)
+        tl.store(kept + at, keep, mask=_mask(ok, writes_kept))
     if COUNT > 0:
         slot = _coefficient(row, exists, SLOT)
         written = (slot >= 0) & (slot < COUNT)
         place = tl.where(written, slot, 0.0).to(tl.int64)
-        tl.store(history + place * slot_size + at, m, mask=ok & written)
+        tl.store(history + place * slot_size + at, m, mask=_mask(ok, written))
     if model_input is not None:
         scaled = _coefficient(row, exists, INPUT_SCALE) * fresh
         for copy in tl.static_range(COPIES):
@@ -209,13 +215,19 @@ def sums_kernel(partials, statistic, pieces, count, BLOCK_P: tl.constexpr):
 # ------------------------------------------------------------------------------------------------------ configurations
 
 
-def _extents(args: dict) -> dict[str, int]:
+def _step_extents(args: dict) -> dict[str, int]:
+    return {"BLOCK_L": max(args["unit_size"] // _COLUMNS, LANES.value)}
+
+
+def _sum_extents(args: dict) -> dict[str, int]:
     return {}
 
 
 # One tile each: another one would round sums another way.
-STEP = Kernel("sampler_step", step_kernel, variants("sampler_step", ("BLOCK_L",), [(256, 4, 1)]), _extents)
-SUMS = Kernel("sampler_step_sums", sums_kernel, variants("sampler_step_sums", ("BLOCK_P",), [(128, 4, 1)]), _extents)
+STEP = Kernel("sampler_step", step_kernel, variants("sampler_step", ("BLOCK_L",), [(256, 4, 1)]), _step_extents)
+SUMS = Kernel(
+    "sampler_step_sums", sums_kernel, variants("sampler_step_sums", ("BLOCK_P",), [(128, 4, 1)]), _sum_extents
+)
 KERNELS = (STEP, SUMS)
 
 
@@ -230,31 +242,26 @@ def plan(
 ) -> list[Launch]:  # fmt: skip
     """The launches of a step on a sample that is not empty; they write ``out`` and whatever else is not ``None``."""
     total, batch = sample.numel(), sample.shape[0]
-    size, units = total // batch, max(rows.shape[0], batch)
-    unit_size, columns = total // units, _COLUMNS * dict(STEP.variants[0].meta)["BLOCK_L"]
-    before = BLOCK.value - 1 if unit_size % BLOCK.value else 0  # columns of a block that are another unit's
-    pieces = triton.cdiv(unit_size + before, columns)
+    units = max(rows.shape[0], batch)
+    arguments = {
+        "sample": sample, "output": output, "unconditional": unconditional, "base": base, "history": history,
+        "noise": noise, "threshold": threshold, "table": table, "rows": rows,
+        "keys": None if noise is not None else keys, "step": step, "out": out, "kept": kept, "preview": preview,
+        "model_input": model_input, "faults": faults, "size": total // batch, "unit_size": total // units,
+        "units_per_sample": units // batch, "total": total, "table_rows": table.shape[0],
+        "output_stride": 0 if output is None else output.stride(0),
+        "other_stride": 0 if unconditional is None else unconditional.stride(0),
+        "ONE_ROW": rows.shape[0] == 1, "LEARNED": learned_variance, "STATISTICS": _STATISTICS[statistics],
+        "COUNT": 0 if history is None else history.shape[0],
+        "COPIES": 0 if model_input is None else model_input.shape[0] // batch,
+    }  # fmt: skip
+    columns = _COLUMNS * STEP.default_config(arguments).kwargs["BLOCK_L"]
+    before = BLOCK.value - 1 if total // units % BLOCK.value else 0  # columns of a block that are another unit's
+    pieces = triton.cdiv(total // units + before, columns)
     count = sums.shape[1] if statistics != "none" else 0
     partials = sums.new_empty(units * pieces, count) if pieces > 1 and count else sums
-    found = [
-        Launch(
-            STEP,
-            {
-                "sample": sample, "output": output, "unconditional": unconditional, "base": base,
-                "history": history, "noise": noise, "threshold": threshold, "table": table, "rows": rows,
-                "keys": None if noise is not None else keys, "step": step, "out": out, "kept": kept,
-                "preview": preview, "model_input": model_input, "faults": faults,
-                "partials": partials if count else None, "size": size, "unit_size": unit_size,
-                "units_per_sample": units // batch, "pieces": pieces, "total": total, "table_rows": table.shape[0],
-                "output_stride": 0 if output is None else output.stride(0),
-                "other_stride": 0 if unconditional is None else unconditional.stride(0),
-                "ONE_ROW": rows.shape[0] == 1, "LEARNED": learned_variance,
-                "STATISTICS": _STATISTICS[statistics], "COUNT": 0 if history is None else history.shape[0],
-                "COPIES": 0 if model_input is None else model_input.shape[0] // batch,
-            },
-            lambda meta: (units * pieces,),
-        )
-    ]  # fmt: skip
+    arguments |= {"pieces": pieces, "partials": partials if count else None}
+    found = [Launch(STEP, arguments, lambda meta: (units * pieces,))]
     if partials is not sums:
         joined = {"partials": partials, "statistic": sums, "pieces": pieces, "count": count}
         found.append(Launch(SUMS, joined, lambda meta: (units * count,)))
