@@ -108,6 +108,16 @@ def transfer(level: Level, target: Level) -> Affine:
     return ratio, target.sigma - ratio * level.sigma
 
 
+def one_step(
+    solver: PNDM, schedule: NoiseSchedule, times: Sequence[float], step: int, conversion: Conversion, *, whole: bool
+) -> list[tuple[float, Level, list[float], bool]]:
+    """(time, level, row, whether the step ends) of each call of step ``step`` of the plan for ``times``.
+
+    ``whole``: half steps are rounded down to whole times.
+    """
+    return _Rows(solver, schedule, times, _rederiving(conversion), whole).one(step)
+
+
 def _rederiving(conversion: Conversion) -> Conversion:
     # Only epsilon enters: a clamp that left it as it was would do nothing.
     return Conversion(conversion.prediction_type, conversion.clip, conversion.limits, conversion.dynamic)
@@ -116,8 +126,10 @@ def _rederiving(conversion: Conversion) -> Conversion:
 class _Rows:
     """The rows of one plan, call by call."""
 
-    def __init__(self, solver: PNDM, schedule: NoiseSchedule, times: Sequence[float], conversion: Conversion):
-        self._solver, self._schedule, self._conversion = solver, schedule, conversion
+    def __init__(
+        self, solver: PNDM, schedule: NoiseSchedule, times: Sequence[float], conversion: Conversion, whole: bool = False
+    ):
+        self._solver, self._schedule, self._conversion, self._whole = solver, schedule, conversion, whole
         self._times = [*times, -1.0]  # the last is the end's: only its level counts, and the increments of "fon"
         self._stored = 0
         self._calls: list[tuple[float, Level, list[float], bool]] = []
@@ -132,20 +144,28 @@ class _Rows:
             )
 
     def plan(self) -> Plan:
-        steps = len(self._times) - 1
-        variant = self._solver.variant
-        for step in range(steps):
-            if variant in ("f", "fon", "prk") and step < RUNGE_KUTTA_STEPS:
-                self._runge_kutta(step)
-            elif step == 0 and steps > 1:
-                self._two_calls()
-            else:
-                order = 2 if variant == "s" else 4
-                self._multistep(step, ADAMS_BASHFORTH[min(self._stored + 1, order) - 1])
+        for step in range(len(self._times) - 1):
+            self._step_of(step)
         times, levels, rows, ends = zip(*self._calls, strict=True)
         return Plan.of(times, levels, rows, ends=ends, initial_scale=self._schedule.initial_scale)
 
+    def one(self, step: int) -> list[tuple[float, Level, list[float], bool]]:
+        """(time, level, row, whether the step ends) of each call of one step."""
+        self._stored = step  # every step before has left one e in the history
+        self._step_of(step)
+        return self._calls
+
     # ------------------------------------------------------------------------------------------------------- the steps
+
+    def _step_of(self, step: int) -> None:
+        variant = self._solver.variant
+        if variant in ("f", "fon", "prk") and step < RUNGE_KUTTA_STEPS:
+            self._runge_kutta(step)
+        elif step == 0 and len(self._times) > 2:
+            self._two_calls()
+        else:
+            order = 2 if variant == "s" else 4
+            self._multistep(step, ADAMS_BASHFORTH[min(self._stored + 1, order) - 1])
 
     def _two_calls(self) -> None:
         """To the next time; there again, and from the start with the mean of both."""
@@ -190,7 +210,8 @@ class _Rows:
     def _middle(self, now: float, then: float) -> float:
         if self._solver.variant == "prk":
             return then + self._schedule.num_timesteps // (len(self._times) - 1) // 2
-        return (now + then) / 2
+        middle = (now + then) / 2
+        return float(math.floor(middle)) if self._whole else middle
 
     # --------------------------------------------------------------------------------------------------------- one row
 
