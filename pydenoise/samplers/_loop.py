@@ -49,6 +49,10 @@ class Loop:
         self.copies = 1 if setting.guidance is None else 2
         self.model_input = self._model_input(x)
         self.input = self.sample if self.model_input is None else self.model_input
+        self._output_shape = self.input.shape
+        if plan.learned_variance and x.dim() > 1:
+            batch, channels, *rest = self.input.shape
+            self._output_shape = torch.Size((batch, 2 * channels, *rest))
         self.times = self._times(x)
         self._time_rows = self.times.unbind(0)
         numbers = torch.arange(plan.calls + 1, device=x.device)
@@ -163,11 +167,9 @@ class Loop:
                 f"denoiser: expected a tensor at call {call}, got {type(output).__name__}; pydenoise.samplers.adapters "
                 "has wrappers"
             )
-        shape = list(self.input.shape)
-        if self.setting.plan.learned_variance and len(shape) > 1:
-            shape[1] *= 2
-        if list(output.shape) != shape:
-            raise ValueError(f"denoiser: expected shape {tuple(shape)} at call {call}, got {tuple(output.shape)}")
+        if output.shape != self._output_shape:
+            wanted, got = tuple(self._output_shape), tuple(output.shape)
+            raise ValueError(f"denoiser: expected shape {wanted} at call {call}, got {got}")
         if not output.is_floating_point():
             raise TypeError(f"denoiser: expected a floating-point tensor at call {call}, got {output.dtype}")
         if output.dtype == torch.float64 and self.sample.dtype != torch.float64:

@@ -26,7 +26,7 @@ class Noise:
     """Noise from outside: one tensor for every call that adds noise. Nothing, if none is given."""
 
     def __init__(self, given: Sequence[Tensor] | Tensor | None, plan: Plan, x: Tensor, first_call: int = 0):
-        self._calls = [i for i in range(first_call, plan.calls) if float(plan.table[i, C.NOISE]) != 0]
+        self._calls = [call for call in plan.noisy_calls if call >= first_call]
         self._given = None if given is None else list(given)
         if self._given is None:
             return

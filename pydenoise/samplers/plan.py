@@ -8,6 +8,7 @@ launch.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -193,7 +194,7 @@ class Plan:
         """How often the model is called."""
         return len(self.times)
 
-    @property
+    @cached_property
     def slots(self) -> int:
         """Slots of the history that the rows use."""
         used = self.table[:, [*range(C.HISTORY, C.HISTORY + C.SLOTS)]] != 0
@@ -201,21 +202,26 @@ class Plan:
         read = [j + 1 for j in range(C.SLOTS) if bool(used[:, j].any() or kept[:, j].any())]
         return max([0, *read, int(self.table[:, C.SLOT].max()) + 1])
 
-    @property
+    @cached_property
     def uses_base(self) -> bool:
         """Whether a row reads or writes the saved sample."""
         kept = [C.KEPT_SAMPLE, C.KEPT_BASE, C.KEPT_M, C.KEPT_OUT, *range(C.KEPT_HISTORY, C.KEPT_HISTORY + C.SLOTS)]
         return bool((self.table[:, [C.BASE, *kept]] != 0).any())
 
-    @property
+    @cached_property
     def learned_variance(self) -> bool:
         """Whether the model returns a variance beside its prediction."""
         return bool((self.table[:, [C.LOG_SMALL, C.LOG_LARGE]] != 0).any())
 
-    @property
+    @cached_property
     def needs_noise(self) -> bool:
         """Whether a row adds noise."""
-        return bool((self.table[:, C.NOISE] != 0).any())
+        return bool(self.noisy_calls)
+
+    @cached_property
+    def noisy_calls(self) -> tuple[int, ...]:
+        """The calls whose rows add noise."""
+        return tuple((self.table[:, C.NOISE] != 0).nonzero()[:, 0].tolist())
 
 
 Launch = Callable[..., Tensor]
