@@ -224,7 +224,7 @@ def _sum_extents(args: dict) -> dict[str, int]:
 
 
 # One tile each: another one would round sums another way.
-STEP = Kernel("sampler_step", step_kernel, variants("sampler_step", ("BLOCK_L",), [(256, 4, 1)]), _step_extents)
+STEP = Kernel("sampler_step", step_kernel, variants("sampler_step", ("BLOCK_L",), [(128, 4, 1)]), _step_extents)
 SUMS = Kernel(
     "sampler_step_sums", sums_kernel, variants("sampler_step_sums", ("BLOCK_P",), [(128, 4, 1)]), _sum_extents
 )

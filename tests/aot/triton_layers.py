@@ -12,6 +12,7 @@ from pydenoise.kernels import (
     int8_linear,
     norm_quantize,
     quantize,
+    sampler_step,
     token_confidence,
 )
 from pydenoise.kernels import weighted_conv as wc
@@ -317,6 +318,50 @@ TOKENS = Family(
     lambda variant: 0,
 )
 
+# ------------------------------------------------------------------------------------------------------ sampler steps
+
+
+def _step_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """Latents of a text-to-image model: the usual step, noise and its moments, every option; at 90 also frames."""
+    if variant.kernel == "sampler_step_sums":
+        return (("moments", torch.float32),)
+    found = [("usual", torch.bfloat16), ("moments", torch.float32), ("everything", torch.float16)]
+    if arch == 90:
+        found += [("usual", torch.float32), ("learned", torch.float32), ("frames", torch.bfloat16)]
+    return tuple(found)
+
+
+def _step_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    full, learned = name == "everything", name == "learned"
+    batch, channels = 8, 4
+    shape = (batch, channels, 16, 64, 64) if name == "frames" else (batch, channels, 128, 128)
+    x = empty(*shape, dtype=dtype)
+    doubled = empty(batch, 2 * channels, 128, 128, dtype=dtype) if learned or full else x
+    groups = {"frames": batch * channels * 16, "everything": batch * channels}.get(name, 1)
+    statistics = {"moments": "moments", "everything": "dots"}.get(name, "none")
+    count = {"none": 0, "moments": 2, "dots": 7}[statistics]
+    found = sampler_step.plan(
+        x, doubled, doubled if full or name == "usual" else None, x if full else None,
+        empty(6 if full else 2, *shape, dtype=dtype) if full or name == "usual" else None, x if learned else None,
+        empty(batch) if full else None, empty(50, 32), empty(groups, dtype=torch.int64),
+        None if name == "usual" else empty(batch, 2, dtype=torch.int64), empty(1, dtype=torch.int64), learned or full,
+        statistics, x, x if full else None, x if full or learned else None,
+        empty(2 * batch, *shape[1:], dtype=torch.bfloat16) if full or name == "usual" else None,
+        empty(1, dtype=torch.int32), empty(max(groups, batch), count, dtype=torch.float64),
+    )  # fmt: skip
+    return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
+
+
+STEPS = Family(
+    {kernel.name: kernel.function for kernel in sampler_step.KERNELS},
+    tuple(variant for kernel in sampler_step.KERNELS for variant in kernel.variants),
+    _step_problems,
+    _step_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 _ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
@@ -386,4 +431,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, ATTENTION)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, ATTENTION)
