@@ -1,6 +1,7 @@
 """``pydenoise demo``: pretrained networks with plain torch and with pydenoise, in float and in int8.
 
-Real photographs through FFDNet are compared here, heightfields sampled from a diffusion U-Net in ``demo_terrain``.
+Real photographs through FFDNet are compared here, heightfields sampled from a diffusion U-Net in ``demo_terrain``;
+``digits`` compares solvers.
 """
 
 import argparse
@@ -11,12 +12,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pydenoise.cli import demo_terrain
+from pydenoise.cli import demo_terrain, digits
 from pydenoise.cli.denoise import positive
-from pydenoise.cli.main import CommandError
 from pydenoise.cli.pieces import int8_options, noisy_batches
+from pydenoise.cli.targets import check_picture_target
 
-PARTS = ("photographs", "terrain")
+PARTS = ("photographs", "terrain", "digits")
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee")
 SIGMAS = (25, 50)
 # int8 is calibrated on pictures that are not tested: scikit-image's, or the first of several it returns.
@@ -27,6 +28,7 @@ BASELINES = ("torch contiguous", "torch channels_last")
 SHOWN = ("pydenoise fp32", "pydenoise int8")  # in the picture, beside torch
 PANEL = (340, 260)  # width and height that the picture shows of each photograph, at its own resolution
 MARGIN = 6
+DIGITS_EVALUATIONS, DIGITS_IMAGES = (10,), 2  # images of each class
 LABEL = 24
 
 
@@ -34,17 +36,19 @@ def add_parser(subparsers) -> None:
     """Add the ``demo`` command."""
     parser = subparsers.add_parser(
         "demo",
-        help="compare torch and pydenoise, float and int8, on pretrained networks",
+        help="compare torch and pydenoise, float and int8, and solvers, on pretrained networks",
         description="Denoise three photographs of scikit-image (Gaussian noise, sigma 25 and 50, seeded, not clipped) "
         "with the pretrained colour FFDNet, by plain torch and by pydenoise in fp32, bf16 and int8; int8 is calibrated "
         "on other pictures of scikit-image. Then sample heightfields from the terrain U-Net with the same noise in "
-        "float and in int8. Prints tables and draws the results side by side.",
+        "float and in int8, and digits with every solver of pydenoise.samplers (`pydenoise sample` does that with more "
+        "evaluations). Prints tables and draws the results side by side.",
     )
     add = parser.add_argument
-    add("--only", choices=PARTS, help="this part alone (default: both)")
-    photographs, terrain = (Path("demo") / f"{name}.png" for name in ("denoised", "terrain"))
+    add("--only", choices=PARTS, help="this part alone (default: all)")
+    photographs, terrain, drawn = (Path("demo") / f"{name}.png" for name in ("denoised", "terrain", "digits"))
     add("-o", "--output", type=Path, default=photographs, metavar="OUT", help=f"photographs (default: {photographs})")
     add("--terrain-output", type=Path, default=terrain, metavar="OUT", help=f"heightfields (default: {terrain})")
+    add("--digits-output", type=Path, default=drawn, metavar="OUT", help=f"digits (default: {drawn})")
     add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")
     add("--rounds", type=positive, default=5, metavar="N", help="interleaved timing rounds of photographs (default: 5)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
@@ -69,20 +73,23 @@ class Row:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then run the parts; returns the exit code."""
     from pydenoise.imaging import require
-    from pydenoise.models import load_ffdnet
+    from pydenoise.models import load_digits, load_ffdnet
     from pydenoise.models.weights import find_ffdnet
 
     console = require("rich.console", "rich", "the command line").Console(highlight=False)
     require("matplotlib", "matplotlib", "the demo", extra="demo")
     parts = PARTS if args.only is None else (args.only,)
-    outputs = {"photographs": args.output, "terrain": args.terrain_output}
+    outputs = {"photographs": args.output, "terrain": args.terrain_output, "digits": args.digits_output}
     models: dict = {}
     if "photographs" in parts:
         models["photographs"] = load_ffdnet(find_ffdnet(args.weights))
     if "terrain" in parts:
         models["terrain"] = demo_terrain.load()
+    if "digits" in parts:
+        require("sklearn.datasets", "scikit-learn", "judging digits", extra="demo")
+        models["digits"] = load_digits()
     for part in parts:
-        _check_target(outputs[part])
+        check_picture_target(outputs[part])
     import torch
 
     if args.threads is not None:
@@ -93,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
             rows["photographs"] = _photographs(models["photographs"], args, console)
         if "terrain" in parts:
             rows["terrain"] = demo_terrain.compare_and_draw(models["terrain"], args.terrain_output, console)
+        if "digits" in parts:
+            rows["digits"] = _digits(models["digits"], args.digits_output, console)
     for part in parts:
         console.print(f"wrote {outputs[part]}", markup=False, soft_wrap=True)
     if args.json is not None:
@@ -102,17 +111,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_target(path: Path) -> None:
-    """A picture can be written there: said before anything is computed."""
-    import numpy as np
-
-    from pydenoise.imaging import Picture, check_output
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CommandError(f"{path.parent}: the folder cannot be made: {error.strerror}") from error
-    check_output(path, Picture(np.zeros((1, 1, 3), np.uint8)))
+def _digits(model, target: Path, console) -> list[digits.Row]:
+    """The table and the picture of the digits."""
+    labels = [label for label in range(10) for _ in range(DIGITS_IMAGES)]
+    task = digits.Task(labels, seeds=range(len(labels)))
+    return digits.compare_and_draw(model, list(digits.solvers()), DIGITS_EVALUATIONS, task, target, console)
 
 
 def _photographs(model, args: argparse.Namespace, console) -> list["Row"]:
