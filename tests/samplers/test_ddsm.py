@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pydenoise.samplers.ddpm import DDPM
 from pydenoise.samplers.ddsm import DDSM, Strategy, sandwich_backward
 from pydenoise.samplers.ddsm_search import search
+from pydenoise.samplers.levels import NoiseSchedule
+from pydenoise.samplers.runtime import Sampler
 from pydenoise.samplers.slimmable import Slimmable, make_divisible
+
+pytestmark = pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")  # float64 runs on the reference
 
 
 class Block(nn.Module):
@@ -169,6 +174,35 @@ def test_strategy(tmp_path):
     costs = {1.0: 6070.0, 0.75: 3420.0, 0.5: 1520.0}
     assert bands.mean_cost(costs) == pytest.approx((270 * 6070 + 230 * 3420 + 500 * 1520) / 1000)
     assert bands.mean_cost(costs, [999.0, 300.0]) == pytest.approx((1520 + 3420) / 2)
+
+
+def test_a_sampler_sets_the_width_of_every_call(net):
+    """Trajectories of DDPM with a width per step are those of the cut networks called by hand."""
+    model = Slimmable(net, presliced=True)
+    strategy = Strategy.bands({0: 1.0, 400: 0.5, 800: 0.25})
+    schedule, times = NoiseSchedule.linear(), [900.0, 600.0, 300.0, 10.0]
+    nets = {width: cut_by_hand(net, width) for width in (1.0, 0.5, 0.25)}
+    torch.manual_seed(2)
+    x, noise = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.randn(3, 2, 3, 8, 8, dtype=torch.float64)
+
+    def by_hand(x, t):
+        return nets[strategy.at(float(t[0]))](x, t)
+
+    def run(denoiser, observers=()):
+        sampler = Sampler(denoiser, schedule, DDPM("fixed_large_ddsm"), timesteps=times, observers=observers,
+                          backend="reference")  # fmt: skip
+        return sampler.sample(x, noise=noise)
+
+    observer = DDSM(model, strategy)
+    torch.testing.assert_close(run(model, [observer]), run(by_hand), rtol=0, atol=1e-9)
+    assert [observer.graph_key(call) for call in range(4)] == [0.25, 0.5, 1.0, 1.0]
+
+
+def test_an_observer_without_a_run_says_so(net):
+    with pytest.raises(RuntimeError, match="begin_run"):
+        DDSM(Slimmable(net), Strategy.constant(1.0)).begin_step(0, 4)
+    with pytest.raises(ValueError, match="time"):
+        DDSM(Slimmable(net), Strategy.constant(1.0, 100)).begin_run([500.0])
 
 
 @pytest.mark.parametrize(
