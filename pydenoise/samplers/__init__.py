@@ -5,6 +5,8 @@ masked-diffusion language models; ``adapters`` wrap models of other libraries. N
 """
 
 import importlib
+import sys
+from types import ModuleType
 
 _MODULES = ("adapters", "masked")
 _NAMES = {
@@ -51,3 +53,14 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULES, *_NAMES})
+
+
+class _Package(ModuleType):
+    """This package's type: importing the submodule ``from_diffusers`` must not hide the function of that name."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _NAMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -34,6 +34,15 @@ class Stepper:
         self._pool, self._loops = OutputPool(), {}
         self._loop: Loop | None = None
 
+    @property
+    def controlled(self) -> bool:
+        """Whether the solver may have more to it than its table."""
+        return type(self.solver).control is not Solver.control
+
+    def set_keys(self, keys: Tensor) -> None:
+        """The keys of generated noise from here on."""
+        self._loop.keys.copy_(keys)
+
     def begin(self, sample: Tensor, keys: Tensor | None, preview: bool) -> None:
         """Forget the last run; ``keys`` [B, 2] are those of generated noise."""
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32

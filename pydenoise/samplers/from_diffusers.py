@@ -255,3 +255,4 @@ _READERS: dict[str, Callable[[_Options], Read]] = {
     "HeunDiscreteScheduler": _heun,
     "FlowMatchEulerDiscreteScheduler": _flow_euler,
 }
+KNOWN = tuple(_READERS)

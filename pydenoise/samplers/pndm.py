@@ -97,6 +97,22 @@ class PNDM(Solver):
         return _Rows(self, schedule, times, _rederiving(conversion)).plan()
 
 
+def entered(solver: PNDM, schedule: NoiseSchedule, times: Sequence[float], conversion: Conversion) -> Plan:
+    """A plan for a run that begins in the middle of another's ``times``, one call each, as image-to-image does.
+
+    Adams-Bashforth of orders 1 to 4 from the start, without the two calls of the first step. A first time that is there
+    twice, being that of such a step's second call, leaves the sample as it is at its first call.
+    """
+    if solver.variant != "plms":
+        raise ValueError(f"begin_index: PNDM(variant={solver.variant!r}) has to run from its start; 'plms' has not")
+    waits = len(times) > 1 and times[0] == times[1]
+    rows = _Rows(solver, schedule, check_times(schedule, times[waits:]), _rederiving(conversion))
+    if waits:
+        level = schedule.level(times[0])
+        rows.prepend(times[0], level, row(conversion, level, sample=1.0))
+    return rows.plan(two_calls=False)
+
+
 def transfer(level: Level, target: Level) -> Affine:
     """The DDIM step from ``level`` to ``target``: x' = (first) x + (second) epsilon."""
     if level.alpha == 0:
