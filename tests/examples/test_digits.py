@@ -1,0 +1,50 @@
+"""The examples of digits run, with settings that take seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pydenoise.models import load_digits
+from pydenoise.models.digits import read_notes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name, *arguments, returncode=0):
+    """What examples/NAME.py prints."""
+    command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == returncode, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_training(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    target = tmp_path / "m.safetensors"
+    small = ["--multipliers", 1, "--attention-levels", "--batch", 16, "--threads", 1]
+    printed = run("train_digits", target, "--steps", 3, "--ema", 0.5, *small)
+    assert "1797 digits, 0.1" in printed and f"wrote {target}" in printed
+    assert load_digits(target).config["multipliers"] == [1]
+    notes = read_notes(target)
+    assert notes["command"].startswith("python ") and "--ema 0.5" in notes["command"]
+    assert notes["arguments"]["steps"] == 3 and notes["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--steps", 0), "--steps: expected at least 1"), (("--ema", 1), "--ema: expected 0 or more and less than 1")],
+)
+def test_training_says_what_is_wrong(tmp_path, options, message):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("rich")
+    assert message in run("train_digits", tmp_path / "m", *options, returncode=2)
+
+
+def test_sampling():
+    lines = run("sample_digits").splitlines()
+    assert len(lines) == 18 and sum("@" in line for line in lines) > 10
