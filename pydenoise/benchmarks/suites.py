@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from pydenoise.benchmarks import attention, convolution, int8_layers, networks, unet
+from pydenoise.benchmarks import attention, convolution, int8_layers, networks, sampler, unet
 from pydenoise.benchmarks.attention_cases import attention_cases
 from pydenoise.benchmarks.cases import Bar, Case, network_cases, weighted_conv_cases
 from pydenoise.benchmarks.int8_cases import int8_cases
@@ -15,6 +15,7 @@ from pydenoise.benchmarks.machine import describe_machine
 from pydenoise.benchmarks.measure import Timing, interleave, paired_difference, paired_ratio
 from pydenoise.benchmarks.peaks import Peaks, measure_peaks
 from pydenoise.benchmarks.providers import RESULT_BOUNDS, Contender, Provider, Setting, Skip, choose
+from pydenoise.benchmarks.sampler_cases import sampler_cases
 from pydenoise.benchmarks.unet_cases import unet_cases
 
 SCHEMA = 1
@@ -41,6 +42,7 @@ SUITES: dict[str, Suite] = {
     "int8-layers": Suite("int8-layers", int8_cases, int8_layers.PROVIDERS, int8_layers.expected_results),
     "unet": Suite("unet", unet_cases, unet.PROVIDERS, unet.expected_results, unet.BOUNDS),
     "attention": Suite("attention", attention_cases, attention.PROVIDERS, attention.expected_results, attention.BOUNDS),
+    "sampler": Suite("sampler", sampler_cases, sampler.PROVIDERS, sampler.expected_results, sampler.BOUNDS),
 }
 
 
