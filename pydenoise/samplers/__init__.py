@@ -10,8 +10,9 @@ from types import ModuleType
 
 _MODULES = ("adapters", "masked")
 _NAMES = {
-    "Conversion": "plan",
+    "ConcatCondition": "fast_ddpm",
     "Control": "plan",
+    "Conversion": "plan",
     "DDIM": "ddim",
     "DDPM": "ddpm",
     "DDSM": "ddsm",
@@ -24,12 +25,13 @@ _NAMES = {
     "Heun": "euler",
     "Level": "levels",
     "NoiseSchedule": "levels",
+    "NoiseShift": "noise_shift",
     "OneMoreStep": "one_more_step",
     "PFODE": "pf_ode",
     "PNDM": "pndm",
     "Plan": "plan",
     "Sampler": "runtime",
-    "Slimmable": "ddsm",
+    "Slimmable": "slimmable",
     "Solver": "plan",
     "StepInfo": "runtime",
     "Strategy": "ddsm",
@@ -37,7 +39,10 @@ _NAMES = {
     "Trajectory": "runtime",
     "UniPC": "unipc",
     "calibrate_noise_shift": "noise_shift",
+    "fast_ddpm_loss": "fast_ddpm",
     "from_diffusers": "from_diffusers",
+    "sandwich_backward": "ddsm",
+    "search_strategy": "ddsm_search",
 }
 
 

@@ -35,7 +35,7 @@ class SearchResult:
     evaluated: tuple[Candidate, ...]
 
 
-def search(
+def search_strategy(
     quality: Callable[[Strategy], float],
     costs: Mapping[float, float],
     *,
@@ -103,7 +103,7 @@ def _evolve(evaluate, first, choices, generations, mutation, weights, seed) -> N
         from pymoo.operators.crossover.pntx import SinglePointCrossover
         from pymoo.optimize import minimize
     except ImportError as error:
-        raise ImportError("search: needs pymoo; pip install 'pydenoise[search]'") from error
+        raise ImportError("search_strategy: needs pymoo; pip install 'pydenoise[search]'") from error
 
     class Problem(ElementwiseProblem):
         def __init__(self):

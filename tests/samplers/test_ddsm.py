@@ -9,7 +9,7 @@ from torch import nn
 
 from pydenoise.samplers.ddpm import DDPM
 from pydenoise.samplers.ddsm import DDSM, Strategy, sandwich_backward
-from pydenoise.samplers.ddsm_search import search
+from pydenoise.samplers.ddsm_search import search_strategy
 from pydenoise.samplers.levels import NoiseSchedule
 from pydenoise.samplers.runtime import Sampler
 from pydenoise.samplers.slimmable import Slimmable, make_divisible
@@ -235,8 +235,8 @@ def test_bad_values(make, message):
         (lambda: Slimmable(lambda x: x), "model"),
         (lambda: DDSM(nn.Identity(), Strategy((1.0,))), "model"),
         (lambda: sandwich_backward(nn.Identity(), lambda: None), "model"),
-        (lambda: search(3, {1.0: 1.0}), "quality"),
-        (lambda: search(lambda s: 0.0, {1.0: 1.0}, population=2.5), "population"),
+        (lambda: search_strategy(3, {1.0: 1.0}), "quality"),
+        (lambda: search_strategy(lambda s: 0.0, {1.0: 1.0}, population=2.5), "population"),
     ],
 )
 def test_bad_types(make, message):
@@ -252,22 +252,23 @@ def test_search_finds_the_trade_off():
         return sum(1.0 for w in strategy.widths[:4] if w < 1)
 
     arguments = {"num_timesteps": 12, "population": 24, "generations": 20, "mutation": 0.05, "cost_weight": 0.5}
-    result = search(quality, costs, seed=1, **arguments)
+    result = search_strategy(quality, costs, seed=1, **arguments)
     assert result.best.strategy.widths == (1.0,) * 4 + (0.5,) * 8
     assert result.best.quality == 0 and result.best.cost == pytest.approx((4 * 4 + 8) / 12)
     assert {c.strategy.widths for c in result.evaluated[:2]} == {(1.0,) * 12, (0.5,) * 12}
     assert len({c.strategy for c in result.evaluated}) == len(result.evaluated)
-    assert search(quality, costs, seed=1, **arguments) == result, "a seed gives the same strategies"
+    assert search_strategy(quality, costs, seed=1, **arguments) == result, "a seed gives the same strategies"
 
 
 def test_search_of_two_objectives():
     def quality(strategy):
         return sum(1.0 for w in strategy.widths[:4] if w < 1)
 
-    result = search(quality, {1.0: 4.0, 0.5: 1.0}, num_timesteps=8, population=16, generations=12, mutation=0.1,
-                    objectives="pareto")  # fmt: skip
+    result = search_strategy(
+        quality, {1.0: 4.0, 0.5: 1.0}, num_timesteps=8, population=16, generations=12, mutation=0.1, objectives="pareto"
+    )
     assert [c.cost for c in result.front] == sorted(c.cost for c in result.front)
     assert [c.quality for c in result.front] == sorted((c.quality for c in result.front), reverse=True)
     assert result.front[0].strategy.widths == (0.5,) * 8 and len(result.front) >= 4
     with pytest.raises(ValueError, match="NaN"):
-        search(lambda s: float("nan"), {1.0: 1.0, 0.5: 0.5}, num_timesteps=4, population=4)
+        search_strategy(lambda s: float("nan"), {1.0: 1.0, 0.5: 0.5}, num_timesteps=4, population=4)
