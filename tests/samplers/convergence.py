@@ -101,7 +101,8 @@ class Mixture(Analytic):
         variance = (level.alpha**2 * self.variances.to(x) + level.sigma**2)[None, :, None]
         size = means.shape[1]
         log = self.weights.to(x).log() - 0.5 * (away**2 / variance).sum(2) - 0.5 * size * variance[..., 0].log()
-        return log.softmax(1)[..., None], away, variance
+        share = (log - log.amax(1, keepdim=True)).exp()  # torch's softmax would wake all threads for four numbers
+        return (share / share.sum(1, keepdim=True))[..., None], away, variance
 
     def x0(self, x: Tensor, level: Level) -> Tensor:
         share, away, variance = self._parts(x, level)
@@ -146,6 +147,64 @@ def public_schedule() -> NoiseSchedule:
 def start() -> Tensor:
     """x_T of the golden trajectories [3, 2, 4, 4]."""
     return tensor("an_xT")
+
+
+def trajectory(
+    solver: object,
+    num_steps: int = 10,
+    *,
+    on: NoiseSchedule | None = None,
+    level_of: NoiseSchedule | Callable[[float], Level] | None = None,
+    prediction_type: str = "epsilon",
+    model: Analytic | None = None,
+    noise: Tensor | None = None,
+    all_calls: bool = False,
+    x: Tensor | None = None,
+    **options,
+) -> Tensor:
+    """States [steps + 1, B, ...] of a run from ``start()`` on the reference backend in float64.
+
+    On ``diffusers_schedule()`` with the mixture unless told otherwise; ``level_of`` is what the model takes the levels
+    from, ``noise`` [>= calls with noise, B, ...] is z, ``all_calls`` adds what every call of the model leads to.
+    """
+    from pydenoise import step_row
+    from pydenoise.samplers.runtime import Sampler
+
+    on = diffusers_schedule() if on is None else on
+    denoiser = (model or mixture()).denoiser(level_of or on, prediction_type)
+    sampler = Sampler(denoiser, on, solver, num_steps, prediction_type=prediction_type, backend="reference", **options)
+    needed = int((sampler.plan.table[:, step_row.NOISE] != 0).sum())
+    x = start() if x is None else x
+    states = [x]
+    run = sampler.sample(
+        x,
+        noise=noise[:needed] if needed else None,
+        return_trajectory=True,
+        callback=lambda info: states.append(info.sample.clone()),
+    )
+    return torch.stack(states) if all_calls else run.states
+
+
+def diffusers_trajectory(
+    scheduler: object, num_steps: int, *, prediction_type: str = "epsilon", model: Callable | None = None, **step
+) -> Tensor:
+    """The states after every call of a diffusers scheduler whose betas are ``diffusers_schedule()``'s, as above.
+
+    ``noise`` among the arguments of ``step`` is given call by call as ``variance_noise``. Its tables become float64, so
+    that its coefficients do not round.
+    """
+    for table in ("alphas_cumprod", "final_alpha_cumprod"):
+        if hasattr(scheduler, table):
+            setattr(scheduler, table, getattr(scheduler, table).double())
+    noise = step.pop("noise", None)
+    model = mixture().denoiser(diffusers_schedule(), prediction_type) if model is None else model
+    scheduler.set_timesteps(num_steps)
+    states = [start()]
+    for call, t in enumerate(scheduler.timesteps):
+        given = {} if noise is None else {"variance_noise": noise[call]}
+        output = model(states[-1], t)
+        states.append(scheduler.step(output, t, states[-1], **step, **given).prev_sample)
+    return torch.stack(states)
 
 
 # --------------------------------------------------------------------------------------------------------------- order
