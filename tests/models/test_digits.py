@@ -174,3 +174,21 @@ def test_the_shipped_model_says_how_it_was_made():
     notes = read_notes()
     assert notes["command"].startswith("python examples/train_digits.py")
     assert {"arguments", "minutes", "loss", "data", "schedule", "versions"} <= set(notes)
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("int8", 0.02)])
+def test_the_shipped_model_accelerated_samples_the_same(precision, bound):
+    import pydenoise as pdn
+
+    model, labels = load_digits(), torch.arange(10)
+    example = (torch.randn(10, 1, 8, 8), torch.full((10,), 500), labels)
+    network, report = pdn.accelerate(model, example, precision, measure=False)
+    assert "conv_in" in str(report)
+    schedule, solver = pdn.samplers.NoiseSchedule.linear(), pdn.samplers.DPMSolverPP(2)
+    floats, others = (
+        pdn.samplers.Sampler(denoiser, schedule, solver, 10).sample(
+            shape=(10, 1, 8, 8), seed=0, conditioning={"labels": labels}
+        )
+        for denoiser in (model, network)
+    )
+    assert rms_distance(floats, others) < bound
