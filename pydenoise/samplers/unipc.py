@@ -28,8 +28,8 @@ class UniPC(Solver):
             predictor of order 2 and the corrector of order 1.
         final: where to end: "zero" (x0; the last step is then of order 1), "sigma_min" (the schedule's least noise) or
             a time. "bh1" has no B(h) at "zero".
-        lower_order_final: the last steps are of order ..., 2, 1; the error then falls with the square of the steps, else
-            with their power order + 1.
+        lower_order_final: the last steps are of order ..., 2, 1; the error then falls with the square of the steps,
+            otherwise with the power order + 1.
         corrector: without it the method is UniP.
         spacing, steps_offset: which times: a name of ``pydenoise.samplers.timesteps``; ``None``: "linspace", in a "ve"
             schedule "karras".
