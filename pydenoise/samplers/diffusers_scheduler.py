@@ -16,7 +16,7 @@ from pydenoise.samplers._level_table import LevelTable, over_samples
 from pydenoise.samplers._seeds import Generator
 from pydenoise.samplers._stepper import Stepper
 from pydenoise.samplers.euler import Heun
-from pydenoise.samplers.from_diffusers import INSTALL, KNOWN, FromDiffusers, from_diffusers
+from pydenoise.samplers.from_diffusers import INSTALL, KNOWN, FromDiffusers, class_name_of, from_diffusers
 from pydenoise.samplers.levels import NoiseSchedule
 from pydenoise.samplers.plan import Conversion, Plan, Solver
 from pydenoise.samplers.pndm import PNDM, entered
@@ -52,7 +52,7 @@ class SchedulerMethods:
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler from the configuration of this class or of another one.
+        """A scheduler from the configuration of this class or of another one, or from another scheduler.
 
         Of the classes that ``from_diffusers`` knows, everything is taken over, also what was a default there: schedule,
         times, and the solver, unless ``solver`` says another. Of others what has the same name; ``solver`` is needed.
@@ -60,6 +60,8 @@ class SchedulerMethods:
         Raises:
             ValueError: an option that is not supported; the message names it.
         """
+        if isinstance(getattr(config, "config", None), Mapping):  # a scheduler
+            config = {**config.config, "_class_name": type(config).__name__}
         if isinstance(config, Mapping):
             config = cls._translated(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
@@ -68,19 +70,17 @@ class SchedulerMethods:
     def _translated(cls, config: Mapping[str, Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         # Values that were a default of the other class are values all the same: ours has other defaults.
         result = {key: value for key, value in config.items() if key != "_use_default_values"}
-        origin = result.get("_class_name", cls.__name__)
-        if origin == cls.__name__:
-            return result
+        origin = class_name_of(config)
+        if origin != cls.__name__:
+            if origin in KNOWN:
+                parts = from_diffusers({**config, "_class_name": origin})
+                result |= asdict(parts.settings)
+                result["solver"], result["solver_options"] = encoded(parts.solver)
+            elif "solver" not in kwargs:
+                raise ValueError(f"solver: expected one, since the configuration is of {origin or 'an unknown class'}")
         result["_class_name"] = cls.__name__
-        if origin in KNOWN:
-            parts = from_diffusers(config)
-            result |= asdict(parts.settings)
-            result["solver"], result["solver_options"] = encoded(parts.solver)
-        if "solver" in kwargs or origin not in KNOWN:
-            if "solver" not in kwargs:
-                raise ValueError(f"solver: expected one, since the configuration is of {origin}")
+        if "solver" in kwargs:
             result.pop("solver_options", None)
-            result.pop("solver", None)
         return result
 
     @property

@@ -82,7 +82,7 @@ def from_diffusers(scheduler: Any) -> FromDiffusers:
     is not 0.
 
     Args:
-        scheduler: the scheduler, or a mapping with ``_class_name``: a configuration, or what its JSON file holds.
+        scheduler: the scheduler, or its configuration, or what its JSON file holds.
 
     Raises:
         TypeError: not a scheduler.
@@ -106,15 +106,30 @@ def from_diffusers(scheduler: Any) -> FromDiffusers:
 def _read(scheduler: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """(class name, configuration, defaults of the class's own options)."""
     if isinstance(scheduler, Mapping):
-        config, name = dict(scheduler), scheduler.get("_class_name")
-        if not isinstance(name, str):
-            raise ValueError("scheduler: a configuration without _class_name")
+        config, name = dict(scheduler), class_name_of(scheduler)
+        if name is None:
+            raise ValueError("scheduler: a configuration without _class_name, whose options are of no known class")
         cls = _class_of(name) if name in _READERS else None
     else:
         if not isinstance(getattr(scheduler, "config", None), Mapping):
             raise TypeError(f"scheduler: expected a scheduler of diffusers, got {type(scheduler).__name__}")
         config, cls, name = dict(scheduler.config), type(scheduler), type(scheduler).__name__
     return name, config, {} if cls is None else _defaults_of(cls)
+
+
+def class_name_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a configuration is of; ``None`` if that cannot be told.
+
+    A file holds ``_class_name``; ``scheduler.config`` often does not, and then the names of the options tell.
+    """
+    name = config.get("_class_name")
+    if isinstance(name, str):
+        return name
+    if "solver" in config and "solver_options" in config:
+        return "DiffusersScheduler"
+    own = {key for key in config if not key.startswith("_")}
+    found = [name for name in _READERS if set(_defaults_of(_class_of(name))) == own]
+    return found[0] if len(found) == 1 else None
 
 
 def _class_of(name: str) -> type:
