@@ -1,5 +1,9 @@
 // One step of a sampler on CUDA: elementwise, in one pass; a second kernel joins the sums of pieces, where there are
-// sums. A lane takes the four columns of a Philox counter, 32 apart, so that a warp reads lines of neighbours.
+// sums.
+//
+// A warp takes the columns of 32 Philox counters at a time. Where all tensors are aligned, a lane takes four
+// neighbours, with one access each, and lanes pass on the noise that they draw; elsewhere it takes the four columns of
+// its own counter, 32 apart.
 //
 // tests/native runs these kernels on the host.
 #pragma once
@@ -19,7 +23,7 @@ static_assert(kNoiseLanes == 32 && kNoiseBlock == 32 * kEach && kPiece == kWarps
 
 using Four = float[kEach];
 
-constexpr uint32_t bit(int column) { return 1u << column; }
+PDN_HD constexpr uint32_t bit(int column) { return 1u << column; }
 
 // A unit's row, in shared memory. A column that is not `used` is 0: what it multiplies may be garbage, and is not read.
 struct Row {
@@ -32,38 +36,57 @@ struct Row {
 
 constexpr uint32_t kAnyKept = ~(bit(kKeptSample) - 1u);
 
-constexpr int kSumBytes = kWarps * kMostSums * 8, kSharedBytes = kSumBytes + sizeof(Row);
+// Shared memory: noise on its way to other lanes, sums of warps, the row.
+constexpr int kNoiseBytes = kWarps * static_cast<int>(kNoiseBlock) * 4, kSumBytes = kWarps * kMostSums * 8;
+constexpr int kSharedBytes = kNoiseBytes + kSumBytes + static_cast<int>(sizeof(Row));
 
-// Where a lane works: its columns are `column` and the next three, 32 apart; those that are its unit's are `ok`.
+// Where a lane works: its columns are `column` and the next three, `apart`; those that are its unit's are `ok`. With
+// neighbours all four are or none.
+template <int apart>
 struct Place {
     int64_t sample;
     int32_t column;
     bool ok[kEach];
 };
 
-PDN_HD Place place_of(const Problem& p, int64_t unit, int piece, int thread) {
-    Place place;
+template <int apart>
+PDN_HD Place<apart> place_of(const Problem& p, int64_t unit, int piece, int thread) {
+    Place<apart> place;
     place.sample = unit / p.units_per_sample;
     const int32_t first = static_cast<int32_t>(unit - place.sample * p.units_per_sample) * p.unit_size;
     constexpr int32_t kBlock = static_cast<int32_t>(kNoiseBlock);
-    place.column = first / kBlock * kBlock + piece * kPiece + thread / 32 * kBlock + thread % 32;
+    place.column =
+        first / kBlock * kBlock + piece * kPiece + thread / 32 * kBlock + thread % 32 * (apart == 1 ? kEach : 1);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-        const int32_t column = place.column + 32 * i;
+        const int32_t column = place.column + apart * i;
         place.ok[i] = column >= first && column - first < p.unit_size;
     }
     return place;
 }
 
-// Plain loads: what is read may be what the same thread writes later.
 template <typename T>
-PDN_HD void read(const void* data, int64_t offset, const Place& place, Four& v) {
+struct alignas(kEach * sizeof(T)) Together {
+    T v[kEach];
+};
+
+// Plain loads: what is read may be what the same thread writes later.
+template <typename T, int apart>
+PDN_HD void read(const void* data, int64_t offset, const Place<apart>& place, Four& v) {
     const T* from = static_cast<const T*>(data) + offset + place.column;
+    if constexpr (apart == 1) {
+        Together<T> four{};
+        if (place.ok[0]) four = *reinterpret_cast<const Together<T>*>(from);
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) v[i] = place.ok[i] ? to_float(from[32 * i]) : 0.f;
+        for (int i = 0; i < kEach; ++i) v[i] = to_float(four.v[i]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) v[i] = place.ok[i] ? to_float(from[apart * i]) : 0.f;
+    }
 }
 
-PDN_HD void read(Element type, const void* data, int64_t offset, const Place& place, Four& v) {
+template <int apart>
+PDN_HD void read(Element type, const void* data, int64_t offset, const Place<apart>& place, Four& v) {
     if (type == Element::float32) {
         read<float>(data, offset, place, v);
     } else if (type == Element::bfloat16) {
@@ -73,15 +96,23 @@ PDN_HD void read(Element type, const void* data, int64_t offset, const Place& pl
     }
 }
 
-template <typename T>
-PDN_HD void write(void* data, int64_t offset, const Place& place, const Four& v) {
+template <typename T, int apart>
+PDN_HD void write(void* data, int64_t offset, const Place<apart>& place, const Four& v) {
     T* to = static_cast<T*>(data) + offset + place.column;
+    if constexpr (apart == 1) {
+        Together<T> four;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i)
-        if (place.ok[i]) from_float(v[i], to[32 * i]);
+        for (int i = 0; i < kEach; ++i) from_float(v[i], four.v[i]);
+        if (place.ok[0]) *reinterpret_cast<Together<T>*>(to) = four;
+    } else {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if (place.ok[i]) from_float(v[i], to[apart * i]);
+    }
 }
 
-PDN_HD void write(Element type, void* data, int64_t offset, const Place& place, const Four& v) {
+template <int apart>
+PDN_HD void write(Element type, void* data, int64_t offset, const Place<apart>& place, const Four& v) {
     if (type == Element::float32) {
         write<float>(data, offset, place, v);
     } else if (type == Element::bfloat16) {
@@ -101,10 +132,10 @@ PDN_HD void add(const Row& row, int column, const Four& v, Four& to) {
 
 PDN_HD float clamped(float x, float bound) { return x > bound ? bound : x < -bound ? -bound : x; }  // keeps NaN
 
-PDN_HD void clean_sample(const Problem& p, const Row& row, const Place& place, const Four& x, const Four& y, Four& x0) {
+PDN_HD void clean_sample(const Problem& p, const Row& row, int64_t sample, const Four& x, const Four& y, Four& x0) {
     add(row, kX0Sample, x, x0);
     add(row, kX0Output, y, x0);
-    const float bound = p.threshold ? p.threshold[place.sample] : row.v[kClip];
+    const float bound = p.threshold ? p.threshold[sample] : row.v[kClip];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
         x0[i] = clamped(x0[i], bound);
@@ -112,14 +143,31 @@ PDN_HD void clean_sample(const Problem& p, const Row& row, const Place& place, c
     }
 }
 
-template <typename T>
-PDN_HD void noise_columns(const Problem& p, const Row& row, int64_t at, const Place& place, const Four& v, Four& z) {
+// What a lane draws is for the columns of its counter, 32 apart; neighbours get theirs through shared memory.
+template <int apart>
+PDN_DEVICE void draw(const Problem& p, const Place<apart>& place, float* exchange, Four& z) {
+    const NoiseRow noise = noise_row(p.keys[2 * place.sample], p.keys[2 * place.sample + 1],
+                                     static_cast<uint32_t>(static_cast<uint64_t>(*p.step)));
+    const int lane = threadIdx.x % 32;
+    normal_columns(philox(static_cast<uint32_t>(place.column / (32 * kEach) * 32 + lane), noise), z);
+    if constexpr (apart == 1) {
+        exchange += threadIdx.x / 32 * (32 * kEach);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) exchange[32 * i + lane] = z[i];
+        __syncwarp();
+        const Float4 four = shared4(exchange + kEach * lane);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) z[i] = four.v[i];
+    }
+}
+
+template <typename T, int apart>
+PDN_DEVICE void noise_columns(const Problem& p, const Row& row, int64_t at, const Place<apart>& place, const Four& v,
+                              float* exchange, Four& z) {
     if (p.noise) {
         read<T>(p.noise, at, place, z);
     } else {
-        const NoiseRow noise = noise_row(p.keys[2 * place.sample], p.keys[2 * place.sample + 1],
-                                         static_cast<uint32_t>(static_cast<uint64_t>(*p.step)));
-        normal_columns(philox(static_cast<uint32_t>(place.column / (32 * kEach) * 32 + place.column % 32), noise), z);
+        draw(p, place, exchange, z);
     }
     if (p.learned_variance) {
         const float small = row.v[kLogSmall], range = row.v[kLogLarge] - small;
@@ -131,8 +179,9 @@ PDN_HD void noise_columns(const Problem& p, const Row& row, int64_t at, const Pl
 PDN_HD bool finite(float x) { return fabsf(x) < INFINITY; }
 
 // A lane's four columns; adds to its sums. Returns whether x' and m are finite.
-template <typename T, Statistics kind>
-PDN_HD bool step_of_lane(const Problem& p, const Row& row, const Place& place, float (&sums)[kMostSums]) {
+template <typename T, Statistics kind, int apart>
+PDN_DEVICE bool step_of_lane(const Problem& p, const Row& row, const Place<apart>& place, float* exchange,
+                             float (&sums)[kMostSums]) {
     const int64_t at = place.sample * p.size;  // of tensors that are dense
     const bool wants_x0 = p.preview || row.uses(kMX0), has_output = p.output != nullptr;
     const bool draws = row.uses(kNoise) && (p.noise || p.keys);
@@ -161,7 +210,7 @@ PDN_HD bool step_of_lane(const Problem& p, const Row& row, const Place& place, f
     add(row, kMOutput, y, m);
     if (wants_x0) {
         Four x0{};
-        clean_sample(p, row, place, x, y, x0);
+        clean_sample(p, row, place.sample, x, y, x0);
         add(row, kMX0, x0, m);
         if (p.preview) write<T>(p.preview, at, place, x0);
     }
@@ -200,7 +249,7 @@ PDN_HD bool step_of_lane(const Problem& p, const Row& row, const Place& place, f
         write<T>(p.history, static_cast<int64_t>(slot) * slot_size + at, place, m);
     if (draws) {
         Four z;
-        noise_columns<T>(p, row, at, place, variance, z);
+        noise_columns<T>(p, row, at, place, variance, exchange, z);
         add(row, kNoise, z, fresh);
     }
     write<T>(p.out, at, place, fresh);
@@ -252,11 +301,12 @@ PDN_DEVICE void write_sums(const Problem& p, int count, const float (&sums)[kMos
     }
 }
 
-template <typename T, Statistics kind>
+template <typename T, Statistics kind, int apart>
 __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ Problem p) {
     PDN_SHARED(memory);
-    auto* warps = reinterpret_cast<double*>(memory);
-    Row& row = *reinterpret_cast<Row*>(memory + kSumBytes);
+    auto* exchange = reinterpret_cast<float*>(memory);
+    auto* warps = reinterpret_cast<double*>(memory + kNoiseBytes);
+    Row& row = *reinterpret_cast<Row*>(memory + kNoiseBytes + kSumBytes);
     const auto pieces = static_cast<unsigned>(p.pieces);
     const int64_t unit = blockIdx.x / pieces;
     const int piece = static_cast<int>(blockIdx.x % pieces);
@@ -270,7 +320,8 @@ __global__ void __launch_bounds__(kThreads) step_kernel(const __grid_constant__ 
     }
     __syncthreads();
     float sums[kMostSums] = {};
-    const bool good = step_of_lane<T, kind>(p, row, place_of(p, unit, piece, static_cast<int>(threadIdx.x)), sums);
+    const auto place = place_of<apart>(p, unit, piece, static_cast<int>(threadIdx.x));
+    const bool good = step_of_lane<T, kind>(p, row, place, exchange, sums);
     if (p.faults && __any_sync(kEveryLane, !good) && threadIdx.x % 32 == 0)
         atomicMin(p.faults, static_cast<int32_t>(*p.step & 0x7fffffff));
     if constexpr (kind != Statistics::none) write_sums(p, sum_count(p), sums, warps);
@@ -290,12 +341,32 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const __grid_constant__ 
 
 // --------------------------------------------------------------------------------------------------------- launches
 
+// Whether four neighbours always lie at an address that is a multiple of their size.
+inline bool aligned(const Problem& p) {
+    const auto at = [](const void* data, Element type) {
+        return reinterpret_cast<uintptr_t>(data) % static_cast<uintptr_t>(kEach * pdn::cuda::bytes_of(type)) == 0;
+    };
+    bool good = p.unit_size % kEach == 0 && (!p.output || p.output_stride % kEach == 0) &&
+                (!p.unconditional || p.unconditional_stride % kEach == 0);
+    for (const void* data :
+         {p.sample, p.base, p.noise, static_cast<const void*>(p.history), static_cast<const void*>(p.out),
+          static_cast<const void*>(p.kept), static_cast<const void*>(p.preview)})
+        good = good && at(data, p.state);
+    return good && at(p.output, p.output_type) && at(p.unconditional, p.unconditional_type) &&
+           at(p.model_input, p.input_type);
+}
+
+template <typename T, int apart, typename Launch>
+const char* launch_kind(const Problem& p, const Launch& launch) {
+    const auto kernel = p.statistics == Statistics::none      ? step_kernel<T, Statistics::none, apart>
+                        : p.statistics == Statistics::moments ? step_kernel<T, Statistics::moments, apart>
+                                                              : step_kernel<T, Statistics::dots, apart>;
+    return launch(kernel, p.units * p.pieces, 1, kThreads, kSharedBytes, p);
+}
+
 template <typename T, typename Launch>
 const char* launch_steps(const Problem& p, const Launch& launch) {
-    const auto kernel = p.statistics == Statistics::none      ? step_kernel<T, Statistics::none>
-                        : p.statistics == Statistics::moments ? step_kernel<T, Statistics::moments>
-                                                              : step_kernel<T, Statistics::dots>;
-    return launch(kernel, p.units * p.pieces, 1, kThreads, kSharedBytes, p);
+    return aligned(p) ? launch_kind<T, 1>(p, launch) : launch_kind<T, 32>(p, launch);
 }
 
 template <typename Launch>

@@ -60,6 +60,7 @@ struct Case {
     Statistics statistics = Statistics::none;
     bool guided = false, learned = false, threshold = false, base = false, kept = false, preview = false;
     bool in_place = false;                  // out is sample, kept is base
+    int gap = 4;                            // between samples of the output
     std::vector<int> zeros = {};            // columns that are 0 in every row
     bool poisoned = false, beyond = false;  // what is not to be read is NaN; a row that is not there
 };
@@ -70,6 +71,46 @@ const std::vector<int> kOnlyOutput = {0,  1,  2,  4,  6,  8,  9,  11, 12, 16, 17
 
 const Case kCases[] = {
     {.name = "ddim", .state = kF32, .model = kF32, .input = kF32, .batch = 2, .units_per_sample = 0, .unit_size = 1000},
+    {.name = "apart",
+     .state = kF16,
+     .model = kF16,
+     .input = kF32,
+     .batch = 2,
+     .units_per_sample = 0,
+     .unit_size = 1000,
+     .noise = kDrawn,
+     .gap = 5},
+    {.name = "learned, aligned",
+     .state = kBF16,
+     .model = kF32,
+     .input = kBF16,
+     .batch = 2,
+     .units_per_sample = 3,
+     .unit_size = 132,
+     .copies = 2,
+     .noise = kDrawn,
+     .statistics = Statistics::moments,
+     .guided = true,
+     .learned = true,
+     .preview = true},
+    {.name = "everything, aligned",
+     .state = kF32,
+     .model = kBF16,
+     .input = kF16,
+     .batch = 2,
+     .units_per_sample = 2,
+     .unit_size = 1204,
+     .slots = 6,
+     .copies = 3,
+     .noise = kDrawn,
+     .statistics = Statistics::dots,
+     .guided = true,
+     .learned = true,
+     .threshold = true,
+     .base = true,
+     .kept = true,
+     .preview = true,
+     .in_place = true},
     {.name = "one element",
      .state = kF32,
      .model = kF32,
@@ -215,7 +256,7 @@ struct Judge {
 bool run_case(const Case& c) {
     const int units_per_sample = std::max(c.units_per_sample, 1), size = units_per_sample * c.unit_size;
     const auto numel = static_cast<size_t>(c.batch) * size;
-    const int wide = c.learned ? 2 * size : size, gap = 5;
+    const int wide = c.learned ? 2 * size : size, gap = c.gap;
     const bool p0 = c.poisoned;
     Tensor sample(c.state, numel, p0), output(c.model, static_cast<size_t>(c.batch) * (wide + gap));
     Tensor other(kF32, static_cast<size_t>(c.batch) * wide), base(c.state, numel, p0), noise(c.state, numel, p0);
