@@ -12,6 +12,7 @@ from pydenoise.ops import (
     norm_quantize,
     quantize,
     registry,
+    sampler_step,
     token_confidence,
     weighted_conv,
 )
@@ -58,6 +59,7 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "attention": (attention.OP, attention.prepare),
     "block_importance": (block_importance.OP, block_importance.prepare),
     "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
+    "sampler_step": (sampler_step.OP, sampler_step.prepare),
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
 }
 

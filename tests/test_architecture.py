@@ -15,7 +15,8 @@ PACKAGE, KERNELS, CSRC = ROOT / "pydenoise", ROOT / "kernels", ROOT / "csrc"
 # From the bottom up. A module imports from its own layer's package and from lower layers, never from beside or above.
 # A new module of the package takes its place here.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"reference", "kernels", "_native", "block_mask", "step_row"}),
+    frozenset({"step_row"}),
+    frozenset({"reference", "kernels", "_native", "block_mask"}),
     frozenset({"ops"}),
     frozenset({"functional", "densities", "explain", "testing"}),
     frozenset({"quantization"}),
