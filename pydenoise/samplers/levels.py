@@ -332,7 +332,9 @@ def _check_betas_ends(num: int, beta_start: float, beta_end: float) -> None:
 def _vector(name: str, values: Tensor | Sequence[float]) -> Tensor:
     """float64 [n >= 1], finite, on the CPU, and nobody else's memory."""
     try:
-        vector = torch.as_tensor(values).detach().to("cpu", torch.float64, copy=True)
+        # A list of floats would become float32 first.
+        vector = values if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+        vector = vector.detach().to("cpu", torch.float64, copy=True)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected a sequence of numbers, got {type(values).__name__}") from error
     if vector.dim() != 1 or not len(vector):
