@@ -28,6 +28,7 @@ PDN_INLINE vw product(vw a, uint32_t by) {
 template <int Count>
 PDN_INLINE void philox_rounds(const NoiseRow& row, vw (&c)[4][Count]) {
     uint32_t k0 = row.key[0], k1 = row.key[1];
+#pragma GCC unroll 10
     for (int round = 0; round < kPhiloxRounds; ++round) {
         for (int i = 0; i < Count; ++i) {
             const vw first = product(c[0][i], kPhiloxFirst), second = product(c[2][i], kPhiloxSecond);

@@ -21,39 +21,35 @@ PDN_INLINE vf square_root(vf x) {
 #endif
 }
 
-// sin(x) = x + x^3 S(x^2), cos(x) = 1 + x^2 C(x^2) for |x| <= pi / 4, fitted to the relative errors: 4e-9 and 4e-8.
-constexpr float kSine[3] = {-1.666665460e-1f, 8.332160293e-3f, -1.951521821e-4f};
-constexpr float kCosine[3] = {-4.999988467e-1f, 4.165577261e-2f, -1.359179350e-3f};
+// sin(x) = x + x^3 S(x^2), to 5e-9 of x, and cos(x) = 1 + x^2 C(x^2), to 5e-8, for |x| <= pi / 2.
+constexpr float kSine[4] = {-1.666666046e-1f, 8.333088167e-3f, -1.981111276e-4f, 2.608932673e-6f};
+constexpr float kCosine[4] = {-4.999993229e-1f, 4.166398946e-2f, -1.385592719e-3f, 2.319438654e-5f};
+
+PDN_INLINE vf polynomial(const float (&c)[4], vf s) { return ((c[3] * s + c[2]) * s + c[1]) * s + c[0]; }
 
 // sqrt(-2 log(u)) with u = (word + 1/2) / 2^32. Near 1 the logarithm is taken from 1 - u, which loses no bit.
 PDN_INLINE vf normal_radius(vu words) {
     const vi upper = (vi)words >> 31;  // all bits or none
     const vf q = __builtin_convertvector((vi)words ^ upper, vf) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-    const vf u = select(upper, 1.f - q, q);
+    const vf u = (vi)words < 0 ? 1.f - q : q;
     const vi power = ((vi)u - kRootHalfBits) >> 23;
     vf t = (vf)((vi)u - (power << 23)) - 1.f;
-    t = select(power == 0, -q, t);
+    t = power == 0 ? -q : t;
     vf p = splat(log_coefficient(7));
     for (int i = 6; i >= 0; --i) p = p * t + log_coefficient(i);
     const vf half = t * t * (0.5f - t * p) - t;  // -log(1 + t)
     return square_root(__builtin_convertvector(power, vf) * (-2.f * kLn2) + (half + half));
 }
 
-// cos and sin of pi word / 2^31, the word signed. The quarter turn that is nearest is taken off in integers, so small
+// radius times cos and sin of pi word / 2^31, the word signed. A half turn is taken off in integers, so that small
 // angles lose no bit.
-PDN_INLINE void cosine_sine(vu words, vf& cosine, vf& sine) {
-    const vu quarter = (words + 0x20000000u) >> 30;
-    const vf x = __builtin_convertvector((vi)(words - (quarter << 30)), vf) * 1.4629180792671596e-9f;  // pi / 2^31
+PDN_INLINE void turn(vf radius, vu words, vf& cosine, vf& sine) {
+    const vu half = (words + 0x40000000u) & 0x80000000u;
+    const vf x = __builtin_convertvector((vi)(words ^ half), vf) * 1.4629180792671596e-9f;  // pi / 2^31
     const vf s = x * x;
-    vf odd = splat(kSine[2]);
-    odd = (odd * s + kSine[1]) * s + kSine[0];
-    odd = odd * s * x + x;
-    vf even = splat(kCosine[2]);
-    even = (even * s + kCosine[1]) * s + kCosine[0];
-    even = even * s + 1.f;
-    const vi swapped = -(vi)(quarter & 1u);
-    cosine = (vf)((vu)select(swapped, odd, even) ^ ((quarter + 1u) << 30 & 0x80000000u));
-    sine = (vf)((vu)select(swapped, even, odd) ^ (quarter << 30 & 0x80000000u));
+    radius = (vf)((vu)radius ^ half);
+    cosine = radius * (polynomial(kCosine, s) * s + 1.f);
+    sine = radius * (polynomial(kSine, s) * (s * x) + x);
 }
 
 // The normal numbers of a block of kNoiseBlock columns: classes 0 and 1 share a radius and an angle, 2 and 3 too.
@@ -65,10 +61,9 @@ PDN_INLINE void normal_block(int64_t column, const NoiseRow& row, float* z) {
         for (int i = 0; i < kVectors; ++i) {
             const int even = 2 * pair * kVectors + i, odd = even + kVectors;
             vf cosine, sine;
-            const vf radius = normal_radius(words.v[even]);
-            cosine_sine(words.v[odd], cosine, sine);
-            store(z + even * kWidth, radius * cosine);
-            store(z + odd * kWidth, radius * sine);
+            turn(normal_radius(words.v[even]), words.v[odd], cosine, sine);
+            store(z + even * kWidth, cosine);
+            store(z + odd * kWidth, sine);
         }
 }
 

@@ -16,6 +16,8 @@ namespace {
 // Elements below which waking another thread costs more than it saves.
 constexpr int64_t kRange = 32768, kRangeWithNoise = 8192;
 
+constexpr int64_t kLongStream = 4 << 20;  // bytes; a core's share of the last cache holds two or three of them
+
 // Units, cut at the multiples of kChunk of their sample.
 struct Split {
     int64_t per_sample, length;  // units of a sample, columns of one
@@ -54,7 +56,10 @@ int64_t grain_of(const Params& p, const Split& split) {
 
 const KernelSet& kernel_set(Isa isa) { return *kSets[static_cast<int>(isa)]; }
 
-bool exceeds_caches(const Params&) { return false; }
+bool exceeds_caches(const Params& p) {
+    const int64_t bytes = p.batch * p.size * (p.state == DType::float32 ? 4 : 2);
+    return bytes >= kLongStream;
+}
 
 Result run(Isa isa, const Params& p, double* sums) {
     if (p.batch * p.size == 0) return {true, true};

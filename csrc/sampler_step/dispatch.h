@@ -10,7 +10,7 @@ namespace sampler_step {
 // The kernels of one ISA level.
 const KernelSet& kernel_set(Isa isa);
 
-// Whether what is written would push everything else out of the caches.
+// Whether the streams are so long that what is written is out of the caches before the next step anyway.
 bool exceeds_caches(const Params& p);
 
 struct Result {

@@ -1,5 +1,5 @@
-// One pass over what a step reads: guidance, conversion, history, the linear update, noise. Tiles of vectors stay in
-// registers from the first load to the last store, so anything that is written may be something that was read.
+// One pass over what a step reads: guidance, conversion, history, the linear update, noise. A tile of vectors is read
+// before `out`, `kept` and the slot of the history are written, so these may be what was read.
 // Included once per ISA level.
 #pragma once
 
@@ -11,11 +11,7 @@ namespace pdn {
 namespace sampler_step {
 namespace {
 
-#if defined(__AVX512F__)
 constexpr int kTile = 4;  // vectors
-#else
-constexpr int kTile = 2;  // as many as there are registers for
-#endif
 static_assert(kChunk % kNoiseBlock == 0 && kNoiseBlock % (kTile * kWidth) == 0, "noise comes in whole blocks");
 
 // A slot of the history and what it is multiplied with.
@@ -57,7 +53,7 @@ PDN_INLINE vf read(const E* p, int lanes) {
 
 PDN_INLINE bool streams_to(const void* p) { return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(float)) == 0; }
 
-// Past the caches: without reading the lines first that are written.
+// Without reading the line first that is written, nor keeping it.
 PDN_INLINE void store_past(float* p, vf v) {
 #if defined(__AVX512F__)
     _mm512_stream_ps(p, (__m512)v);
@@ -189,12 +185,12 @@ PDN_INLINE void tile(const Task<T, O>& t, int64_t at, [[maybe_unused]] int lanes
         write<Vectors, Partial>(t.kept + at, kept, lanes, t.past_caches && t.kept != t.base);
     }
     if (t.slot) write<Vectors, Partial>(t.slot + at, m, lanes, t.past_caches);
-    write<Vectors, Partial>(t.out + at, next, lanes, t.past_caches && t.out != t.sample);
+    write<Vectors, Partial>(t.out + at, next, lanes, t.past_caches && t.copies > 0 && t.out != t.sample);
     if (t.copies > 0) {
         each([&](int i, int) { next[i] *= c[kInputScale]; });
         for (int k = 0; k < t.copies; ++k) switch (t.input_dtype) {
                 case DType::float32:
-                    write<Vectors, Partial>(static_cast<float*>(t.input[k]) + at, next, lanes, t.past_caches);
+                    write<Vectors, Partial>(static_cast<float*>(t.input[k]) + at, next, lanes, false);
                     break;
                 case DType::bfloat16:
                     write<Vectors, Partial>(static_cast<bf16*>(t.input[k]) + at, next, lanes, false);

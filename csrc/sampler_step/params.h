@@ -67,7 +67,7 @@ struct Params {
     void* preview;      // or null
     void* model_input;  // [copies, batch, size] or null
     int copies;
-    bool past_caches;  // what is only written is written past the caches
+    bool past_caches;  // what nobody reads before the next step is written past the caches
 };
 
 // A unit is the part of a sample that one row of the table speaks for.

@@ -94,7 +94,15 @@ def test_on_an_older_processor(harness, level, tmp_path):
 @pytest.mark.parametrize("level", ["baseline", "avx512"])
 @pytest.mark.parametrize(
     "op",
-    ["weighted_conv", "int8_conv2d", "attention", "block_importance", "block_sparse_attention", "token_confidence"],
+    [
+        "weighted_conv",
+        "int8_conv2d",
+        "attention",
+        "block_importance",
+        "block_sparse_attention",
+        "token_confidence",
+        "sampler_step",
+    ],
 )
 def test_level_objects_share_no_symbols(op, level, tmp_path):
     """A weak symbol in the object of one level could be the copy that all levels get."""
