@@ -110,8 +110,8 @@ class Slimmable(nn.Module):
 
     At width w a convolution or linear layer computes the first ``make_divisible(w * outputs, divisor)`` of its outputs
     from as many inputs as arrive; group norms keep their number of groups. ``model`` must therefore take its channel
-    counts from its tensors, not from its constructor (the U-Nets of diffusers check them, and fail). A model that was not trained at a width gives nonsense there:
-    ``pydenoise.samplers.sandwich_backward`` is the rule to train all widths.
+    counts from its tensors, not from its constructor (the U-Nets of diffusers check them, and fail). A model that was
+    not trained at a width gives nonsense there: ``pydenoise.samplers.sandwich_backward`` is the rule to train all.
 
     Args:
         model: of Conv2d, Linear, Embedding, GroupNorm and LayerNorm layers, and of modules without parameters.
