@@ -25,7 +25,7 @@ KERNEL_TESTS := tests/kernels
 
 help:
 	@echo "make setup      build pydenoise in $(VENV), with torch and everything that tests and benches need"
-	@echo "make demo       photographs and heightfields by torch and by pydenoise, float and int8: tables, pictures in demo/"
+	@echo "make demo       photographs, heightfields and digits: tables, and pictures in demo/"
 	@echo "make test       the test suite (PYTEST_ARGS='-k tiles' and the like are passed on)"
 	@echo "make test-slow  the tests that take long or need much memory"
 	@echo "make bench      time everything (SUITE=unet or another: only that)"
