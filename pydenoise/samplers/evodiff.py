@@ -15,6 +15,7 @@ from pydenoise.samplers.plan import Control, Conversion, Launch, Plan, Run, Solv
 
 FEW_STEPS = 20  # up to so many, zeta does not look at the difference of the outputs
 LARGEST = 2.0  # of a ratio of dot products
+SMALLEST = 1e-12  # below this share of its terms the square of a difference is rounding
 
 Terms = dict[str, float | Tensor]  # coefficients of "base" and of x0: "t" the newest, "0" and "1" the two before it
 
@@ -122,7 +123,6 @@ class _Balance(Control):
     def __init__(self, run: Run, levels: Sequence[Level]):
         self._levels, self._calls = levels, run.plan.calls
         self._steps = [_Step.between(levels, max(n, 1)) for n in range(len(levels))]
-        self._smallest = 4 * torch.finfo(run.dtype).eps  # below this share of its terms a difference is rounding
         batch, channels = run.shape[:2]
         self._groups = torch.arange(batch * channels, device=run.device).view(batch, channels)
         self._table = torch.zeros(batch * channels, C.WIDTH, dtype=run.dtype, device=run.device)
@@ -158,11 +158,11 @@ class _Balance(Control):
         second = p.tt - 2 * r2 * p.t0 + r2**2 * p.p00  # of D2 = mt - r2 m0 with itself
         cross = p.t0 - r2 * p.p00 - r1 * p.t1 + r1 * r2 * p.p01
         backward, forward = first / spread**2, second * spread**2
-        balance = _ratio(forward - backward, forward + backward - 2 * cross, self._smallest * (forward + backward))
+        balance = _ratio(forward - backward, forward + backward - 2 * cross, SMALLEST * (forward + backward))
         eta = torch.sigmoid((balance / 2).abs()) / 2
         on_first, on_second = -eta / spread, spread * (1 - eta)  # the slope in D1 and D2
         slope_on_first = on_first * first + on_second * cross
-        size = self._smallest * (p.p00 + r1**2 * p.p11)
+        size = SMALLEST * (p.p00 + r1**2 * p.p11)
         scale = step.gain / (2 * torch.sigmoid(r1.abs() / 4) * spread)
         shift = _ratio(scale * (first - slope_on_first), first, size) / step.gain
         weight = step.gain / (2 * self._zeta(step, shift.abs() - 0.5, p))
@@ -178,7 +178,7 @@ class _Balance(Control):
         if self._calls <= FEW_STEPS:
             return torch.sigmoid(shift)
         square = p.p00 - 2 * p.p01 + p.p11
-        along = _ratio(step.inverse * (p.p00 - p.p01), square, self._smallest * (p.p00 + p.p11))
+        along = _ratio(step.inverse * (p.p00 - p.p01), square, SMALLEST * (p.p00 + p.p11))
         return torch.sigmoid(-shift * torch.sigmoid(along * (2 - step.ratio**2)))
 
     def _predicted(self, call: int, state: Terms, alike: Tensor) -> Terms:
