@@ -147,7 +147,7 @@ class _Rows:
     ):
         self._solver, self._schedule, self._conversion, self._whole = solver, schedule, conversion, whole
         self._times = [*times, -1.0]  # the last is the end's: only its level counts, and the increments of "fon"
-        self._stored = 0
+        self._stored, self._ring = 0, 1 if solver.variant == "s" else RING
         self._calls: list[tuple[float, Level, list[float], bool]] = []
         discrete = solver.variant in ("fon", "prk") or solver.index == "repo"
         if discrete and schedule.kind != "vp":
@@ -241,7 +241,7 @@ class _Rows:
         history; ``slot``: where else e is put.
         """
         if store:
-            slot = self._stored % RING
+            slot = self._stored % self._ring
             self._stored += 1
         on_sample, scale, canonical = self._step(time, start, end)
         coefficients = {
@@ -286,4 +286,4 @@ class _Rows:
 
     def _slot(self, back: int) -> int:
         """Where the e of ``back`` stored calls ago lies."""
-        return (self._stored - back) % RING
+        return (self._stored - back) % self._ring
