@@ -8,6 +8,7 @@ from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
 from pydenoise.ops.quantize import dequantize, quantize, quantize_dynamic
 from pydenoise.ops.sampler_step import Buffers as StepBuffers
+from pydenoise.ops.sampler_step import Launcher as StepLauncher
 from pydenoise.ops.sampler_step import bind as bind_sampler_step
 from pydenoise.ops.sampler_step import sampler_step
 from pydenoise.ops.sparsed_block_mask import sparsed_block_mask
@@ -27,6 +28,7 @@ __all__ = [
     "quantize_dynamic",
     "sparsed_block_mask",
     "StepBuffers",
+    "StepLauncher",
     "bind_sampler_step",
     "sampler_step",
     "token_confidence",

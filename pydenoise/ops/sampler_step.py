@@ -352,6 +352,41 @@ class Bound:
         return int(faults) == 2**31 - 1
 
 
+class Launcher:
+    """``sampler_step`` on static buffers with rows, statistics and tables that change from call to call.
+
+    The buffers were checked where they were made, so a call checks what comes from outside: the model's output and
+    given noise. ``rows`` (int64 [1], [B], [B, C], ...), ``step`` (int64 [1]) and ``table`` (as the buffers' own) are
+    contiguous tensors on the buffers' device.
+    """
+
+    def __init__(self, buffers: Buffers, faults: Tensor | None = None, backend: str = "auto"):
+        self._buffers, self._faults, self._backend = buffers, faults, backend
+        self._rows: dict[tuple, Backend] = {}  # by what a backend's choice depends on and a call can change
+
+    def __call__(
+        self, output: Tensor | None, unconditional: Tensor | None, rows: Tensor, step: Tensor, *,
+        table: Tensor | None = None, noise: Tensor | None = None, threshold: Tensor | None = None,
+        statistics: str = "none",
+    ) -> Tensor:  # fmt: skip
+        """The statistics, float64 [groups, count]; [0, 0] for "none"."""
+        b = self._buffers
+        output = output_of("output", output, b.sample, b.learned_variance)
+        unconditional = output_of("unconditional", unconditional, b.sample, b.learned_variance)
+        flat = rows if rows.dim() == 1 else rows.expand(b.sample.shape[: rows.dim()]).reshape(-1)
+        args = (
+            b.sample, output, unconditional, b.base, b.history, _like("noise", noise, b.sample), threshold,
+            b.table if table is None else table, flat, b.keys if noise is None else None, step,
+            b.learned_variance and output is not None, statistics, b.out, b.kept, b.preview, b.model_input,
+            self._faults,
+        )  # fmt: skip
+        kind = (flat.shape[0], *(None if t is None else t.dtype for t in (output, unconditional)))
+        row = self._rows.get(kind)
+        if row is None:
+            row = self._rows[kind] = registry.select(OP, self._backend, args)
+        return row.run(*args)
+
+
 def bind(buffers: Buffers, backend: str = "auto") -> Bound:
     """A prepared step for loops on a CPU; raises what ``sampler_step`` raises for a backend that cannot run."""
     b = buffers

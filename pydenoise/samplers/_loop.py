@@ -59,7 +59,10 @@ class Loop:
         self.rows, self.steps = numbers[:-1].split(1), numbers[1:].split(1)
         self.faults = torch.full((1,), NO_FAULT, dtype=torch.int32, device=x.device)
         self._threshold = _Threshold(setting, self) if setting.quantile is not None else None
-        self.bound = self._bind() if x.device.type == "cpu" and self._threshold is None else None
+        buffers = self._buffers()
+        prepared = x.device.type == "cpu" and self._threshold is None
+        self.bound = PF.bind_sampler_step(buffers, setting.backend) if prepared else None
+        self._launch = PF.StepLauncher(buffers, self.faults, setting.backend)
         self._graphs = Graphs(self)
 
     def _model_input(self, x: Tensor) -> Tensor | None:
@@ -77,14 +80,10 @@ class Loop:
         dtype = torch.int64 if whole else torch.float64 if x.dtype == torch.float64 else torch.float32
         return times.to(dtype).to(x.device)[:, None].expand(-1, self.copies * x.shape[0]).contiguous()
 
-    def _bind(self):
-        return PF.bind_sampler_step(
-            PF.StepBuffers(
-                self.sample, self.table, self.sample, base=self.base, history=self.history, keys=self.keys,
-                kept=self.base, preview=self.preview, model_input=self.model_input,
-                learned_variance=self.setting.plan.learned_variance,
-            ),
-            self.setting.backend,
+    def _buffers(self) -> PF.StepBuffers:
+        return PF.StepBuffers(
+            self.sample, self.table, self.sample, base=self.base, history=self.history, keys=self.keys, kept=self.base,
+            preview=self.preview, model_input=self.model_input, learned_variance=self.setting.plan.learned_variance,
         )  # fmt: skip
 
     def begin(self, x: Tensor, keys: Tensor | None) -> None:
@@ -199,14 +198,9 @@ class Loop:
         threshold = None
         if self._threshold is not None and output is not None:
             threshold = self._threshold(table, rows, step, output, other)
-        result = PF.sampler_step(
-            self.sample, output, self.table if table is None else table, rows, unconditional=other, base=self.base,
-            history=self.history, noise=noise, seed=self.keys if noise is None else None, step=step,
-            threshold=threshold, learned_variance=self.setting.plan.learned_variance and output is not None,
-            statistics=statistics, out=self.sample, kept=self.base, preview=self.preview,
-            model_input=self.model_input, faults=self.faults, backend=self.setting.backend,
-        )  # fmt: skip
-        return None if statistics == "none" else result[1]
+        return self._launch(
+            output, other, rows, step, table=table, noise=noise, threshold=threshold, statistics=statistics
+        )
 
 
 class _Threshold:

@@ -85,7 +85,12 @@ class TimeShift(Solver):
     def control(self, run: Run) -> Control:
         if math.prod(run.shape[1:]) < 2:
             raise ValueError(f"x: expected at least two numbers in each sample for a variance, got {tuple(run.shape)}")
-        steps = _Shifts(self, run).steps()
+        # Runs of one sampler have one plan: its shifted rows are made once.
+        made = self.__dict__.get("_made")
+        if made is None or made[0] is not run.plan or made[1:3] != (run.dtype, run.device):
+            made = (run.plan, run.dtype, run.device, _Shifts(self, run).steps())
+            object.__setattr__(self, "_made", made)
+        steps = made[3]
         moves = any(step.times is not None for step in steps.values())
         return (_ShiftedTimes if moves else _Shifted)(run, steps)
 
@@ -95,9 +100,10 @@ class _Step:
     """A step that can be shifted: its candidates, and the rows of its calls for each of them."""
 
     first: int  # the number of its first call
-    variances: Tensor  # float64 [candidates]: 1 - alphas_cumprod
+    candidates: int
+    halfway: Tensor  # float64 [candidates - 1]: variances halfway between those of neighbouring candidates
     table: Tensor  # [calls * candidates, 32]
-    times: Tensor | None  # float64 [calls, candidates]; None: those of the plan
+    times: Sequence[Tensor] | None  # of each call [candidates]; None: those of the plan
 
 
 class _Shifts:
@@ -145,9 +151,11 @@ class _Shifts:
         times = torch.tensor([[time for time, _, _, _ in call] for call in calls], dtype=torch.float64)
         planned = torch.tensor(run.plan.times[first : first + len(calls)], dtype=torch.float64)
         variances = torch.tensor([run.schedule.level(t).sigma ** 2 for t in candidates], dtype=torch.float64)
+        halfway = (variances[1:] + variances[:-1]) / 2
+        told = times.to(torch.int64 if self._whole else torch.float64).to(run.device).unbind(0)
         moved = bool((times != planned[:, None]).any())
-        return _Step(first, variances.to(run.device), table.to(run.device, run.dtype),
-                     times.to(run.device) if moved else None)  # fmt: skip
+        return _Step(first, len(candidates), halfway.to(run.device), table.to(run.device, run.dtype),
+                     told if moved else None)  # fmt: skip
 
     def _calls(self, number: int, shifted: float) -> list[Call]:
         """The calls of a step whose start ("paper") or end ("repo") is ``shifted``."""
@@ -189,19 +197,19 @@ class _Shifted(Control):
         wanted = self._ends[call] and following is not None
         chosen: dict = {"statistics": "moments"} if wanted else {}
         if step is not None and self._choice is not None:
-            rows = self._choice + (call - step.first) * len(step.variances)
-            chosen |= {"rows": rows, "table": step.table}
+            before = (call - step.first) * step.candidates
+            chosen |= {"rows": self._choice + before if before else self._choice, "table": step.table}
         sums = launch(**chosen)
         if wanted:
-            self._choice = self._nearest(sums, following.variances)
+            self._choice = self._nearest(sums, following.halfway)
         elif self._ends[call]:
             self._choice = None
 
-    def _nearest(self, sums: Tensor, variances: Tensor) -> Tensor:
-        """The first candidate nearest to the unbiased variance of each sample."""
+    def _nearest(self, sums: Tensor, halfway: Tensor) -> Tensor:
+        """The candidate nearest to the unbiased variance of each sample; the earlier one of two as near."""
         total, squares = sums.unbind(1)
-        variance = (squares - total * total / self._size) / (self._size - 1)
-        return (variance[:, None] - variances).abs().argmin(1)
+        centred = torch.addcmul(squares, total, total, value=-1 / self._size)
+        return torch.bucketize(centred / (self._size - 1), halfway)
 
 
 class _ShiftedTimes(_Shifted):
@@ -211,4 +219,4 @@ class _ShiftedTimes(_Shifted):
         step = self._by_call[call]
         if step is None or step.times is None or self._choice is None:
             return None
-        return step.times[call - step.first][self._choice]
+        return step.times[call - step.first].take(self._choice)
