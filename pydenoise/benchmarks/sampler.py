@@ -1,6 +1,7 @@
 """Providers of the ``sampler`` suite's steps and noise, and the float64 reference of all its cases."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -153,6 +154,28 @@ def _tuned(precision: str):
     return prepare
 
 
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+def _traffic(kind: str):
+    """What moving as many bytes takes with torch: "copy" (as much read as written) or "add" (two reads, one write).
+
+    Measured beside the steps, in samples as short: on a machine with neighbours the peaks of a run's start and end say
+    little. A copy also reads what it overwrites, which an addition in place does not.
+    """
+
+    def prepare(case: Case, setting: Setting) -> Contender:
+        if not isinstance(case, StepBench) or not case.cold:
+            raise Skip(NO_PART)
+        cpu_only(setting)
+        count = round(case.moved_bytes() / (8 if kind == "copy" else 12))
+        pairs = [(torch.zeros(count), torch.zeros(count)) for _ in range(case.sets())]
+        calls = [partial(to.copy_ if kind == "copy" else to.add_, source) for to, source in pairs]
+        return Contender(_turns(calls), note=f"{case.moved_bytes():.0f} bytes")
+
+    return prepare
+
+
 # ----------------------------------------------------------------------------------------------------------- noise
 
 
@@ -198,6 +221,8 @@ PROVIDERS = (
     Provider("diffusers-tuned", "diffusers, no trim", _tuned("fp32")),
     Provider("diffusers-bf16", "diffusers bf16", _diffusers("bf16"), "bf16"),
     Provider("diffusers-tuned-bf16", "diffusers bf16, no trim", _tuned("bf16"), "bf16"),
+    Provider("copy", "copy of as many bytes", _traffic("copy")),
+    Provider("add", "add_ of as many bytes", _traffic("add")),
     Provider("randn", "torch.randn", _randn),
     Provider("normal", "normal_ in place", _normal),
     *sampler_loop.PEERS,
