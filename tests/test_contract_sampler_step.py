@@ -79,7 +79,7 @@ def test_results(case, variant, dtype):
             assert torch.equal(value, exact[name]), "faults"
         elif name == "statistics":
             assert value.dtype == torch.float64 and value.shape == exact[name].shape
-            if math.prod(case.shape):
+            if math.prod(case.shape) and case.statistics != "none":
                 error = (value - exact[name]).abs()
                 assert (error <= SUM_ERROR * sum_of_magnitudes(case, dtype) + 1e-30).all(), error
         else:
