@@ -146,6 +146,8 @@ class Settings:
         if self.timestep_spacing == "linspace" and isinstance(solver, IN_SIGMA):  # not rounded
             last = schedule.num_timesteps - 1
             return torch.linspace(last, 0, num_steps, dtype=torch.float64).tolist()
+        if self.timestep_spacing is not None and isinstance(solver, IN_SIGMA):
+            solver = replace(solver, final="zero")  # the same times, wherever the last step ends
         return [float(t) for t in self.spaced(solver).timesteps(schedule, num_steps)]
 
     def _ramp(self, solver: Solver, schedule: NoiseSchedule, num_steps: int) -> Times:

@@ -447,7 +447,7 @@ def _some(times: Sequence[float]) -> str:
 
 
 def _make() -> dict[str, type]:
-    """The class and that of its results; needs diffusers."""
+    """The class, that of its results and its base; needs diffusers."""
     try:
         from diffusers import ConfigMixin, SchedulerMixin
         from diffusers.configuration_utils import register_to_config
@@ -530,11 +530,12 @@ def _make() -> dict[str, type]:
 
     for cls in (DiffusersScheduler, DiffusersSchedulerOutput):  # as if it stood at the top of this file: for pickles
         cls.__qualname__ = cls.__name__
-    return {cls.__name__: cls for cls in (DiffusersScheduler, DiffusersSchedulerOutput)}
+    # A saved pipeline looks here for the base class, to find out how to load a scheduler of this module.
+    return {cls.__name__: cls for cls in (DiffusersScheduler, DiffusersSchedulerOutput, SchedulerMixin)}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("DiffusersScheduler", "DiffusersSchedulerOutput"):
+    if name not in ("DiffusersScheduler", "DiffusersSchedulerOutput", "SchedulerMixin"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals().update(_make())
     return globals()[name]

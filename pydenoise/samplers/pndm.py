@@ -159,9 +159,10 @@ class _Rows:
                 f"got {times[0]:g}"
             )
 
-    def plan(self) -> Plan:
+    def plan(self, *, two_calls: bool = True) -> Plan:
+        """All steps; ``two_calls``: where the variant begins with such a step."""
         for step in range(len(self._times) - 1):
-            self._step_of(step)
+            self._step_of(step, two_calls)
         times, levels, rows, ends = zip(*self._calls, strict=True)
         return Plan.of(times, levels, rows, ends=ends, initial_scale=self._schedule.initial_scale)
 
@@ -171,13 +172,17 @@ class _Rows:
         self._step_of(step)
         return self._calls
 
+    def prepend(self, time: float, level: Level, values: list[float]) -> None:
+        """A call before the first step, which ends none."""
+        self._calls.insert(0, (time, level, values, False))
+
     # ------------------------------------------------------------------------------------------------------- the steps
 
-    def _step_of(self, step: int) -> None:
+    def _step_of(self, step: int, two_calls: bool = True) -> None:
         variant = self._solver.variant
         if variant in ("f", "fon", "prk") and step < RUNGE_KUTTA_STEPS:
             self._runge_kutta(step)
-        elif step == 0 and len(self._times) > 2:
+        elif step == 0 and two_calls and len(self._times) > 2:
             self._two_calls()
         else:
             order = 2 if variant == "s" else 4
@@ -197,9 +202,9 @@ class _Rows:
     def _runge_kutta(self, step: int) -> None:
         """Four stages from the sample where the step began; only the first one's e enters the history."""
         now, then = self._times[step : step + 2]
-        middle = self._middle(now, then)
+        first, middle = self._middle(now, then)
         second, third = STAGES
-        self._call(now, now, middle, {}, 1.0, keep=True, store=True, ends=False)
+        self._call(now, now, first, {}, 1.0, keep=True, store=True, ends=False)
         past = {self._slot(1): 1 / 6, second: 1 / 3, third: 1 / 3}
         if self._solver.variant == "fon" and self._solver.index == "repo":
             return self._stages_at_start(now, middle, then, past)
@@ -223,11 +228,15 @@ class _Rows:
         last = {"base": 1 + whole * later * rate, "m": whole * gain / 6, "history": weights}
         self._add(then, "epsilon", last)
 
-    def _middle(self, now: float, then: float) -> float:
+    def _middle(self, now: float, then: float) -> tuple[float, float]:
+        """(where the first stage ends, what the model is told of the middle)."""
         if self._solver.variant == "prk":
-            return then + self._schedule.num_timesteps // (len(self._times) - 1) // 2
+            # The half of an odd stride is rounded down, from the start for one and from the end for the other.
+            half = self._schedule.num_timesteps // (len(self._times) - 1) // 2
+            return now - half, then + half
         middle = (now + then) / 2
-        return float(math.floor(middle)) if self._whole else middle
+        middle = float(math.floor(middle)) if self._whole else middle
+        return middle, middle
 
     # --------------------------------------------------------------------------------------------------------- one row
 
