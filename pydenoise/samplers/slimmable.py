@@ -50,7 +50,8 @@ class _Slim:
         kept = self._slices.get((outputs, inputs))
         if kept is None or kept[0] != state:
             with torch.no_grad():
-                own = _cut(weight, outputs, inputs).detach().contiguous()
+                own = _cut(weight, outputs, inputs).detach()
+                own = own if own.is_contiguous() else own.clone()  # keeps channels last
                 kept = (state, own, None if bias is None else bias[:outputs].detach())
             self._slices[outputs, inputs] = kept
         return kept[1], kept[2]

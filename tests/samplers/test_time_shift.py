@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 import convergence as cv  # noqa: E402
@@ -13,7 +14,7 @@ import convergence as cv  # noqa: E402
 from pydenoise.samplers.ddim import DDIM  # noqa: E402
 from pydenoise.samplers.ddpm import DDPM  # noqa: E402
 from pydenoise.samplers.levels import NoiseSchedule  # noqa: E402
-from pydenoise.samplers.plan import Conversion  # noqa: E402
+from pydenoise.samplers.plan import Conversion, Run  # noqa: E402
 from pydenoise.samplers.pndm import PNDM  # noqa: E402
 from pydenoise.samplers.runtime import Sampler  # noqa: E402
 from pydenoise.samplers.time_shift import TimeShift  # noqa: E402
@@ -213,6 +214,38 @@ def test_entering_in_the_middle():
     told: list[Tensor] = []
     trajectory(TimeShift(DDIM(), 40, 300), told=told, first_call=2)
     assert told[0].tolist() == [601, 601, 601] and told[1].unique().numel() > 1
+
+
+@pytest.mark.parametrize("solver", [DDIM(), PNDM("f")], ids=["ddim", "f"])
+def test_choices_stay_on_the_device(solver):
+    """Nothing between two launches reads a value back, which on a GPU would wait for it."""
+    shift = TimeShift(solver, 40, 300)
+    conversion, shape = Conversion(), torch.Size((3, 2, 4, 4))
+    plan = shift.plan(schedule(), TIMES, conversion)
+    control = shift.control(Run(plan, schedule(), conversion, shape, torch.float32, torch.device("cpu")))
+    launched = []
+
+    def launch(rows=None, table=None, output=True, statistics="none"):
+        launched.append(rows)
+        return torch.tensor([[1.0, 20.0], [2.0, 25.0], [0.0, 15.0]], dtype=torch.float64)
+
+    with Reads() as reads:
+        told = [(control.time(call), control.apply(call, launch))[0] for call in range(plan.calls)]
+    assert not reads.found
+    assert sum(rows is not None for rows in launched) == sum(t is not None for t in told) >= 4
+
+
+class Reads(TorchDispatchMode):
+    """Collects the operations that bring a value to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket._qualified_op_name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"):
+            self.found.append(func)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
