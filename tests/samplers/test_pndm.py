@@ -10,7 +10,7 @@ from pydenoise import step_row as C
 from pydenoise.samplers.ddim import DDIM
 from pydenoise.samplers.levels import NoiseSchedule
 from pydenoise.samplers.plan import Conversion
-from pydenoise.samplers.pndm import PNDM, VARIANTS
+from pydenoise.samplers.pndm import ADAMS_BASHFORTH, PNDM, VARIANTS, entered, transfer
 
 sys.path.insert(0, str(Path(__file__).parent))
 import convergence as cv  # noqa: E402
@@ -49,6 +49,15 @@ def test_diffusers_options(skip, options, steps):
     ours = {"spacing" if name == "timestep_spacing" else name: value for name, value in options.items()}
     got = cv.trajectory(PNDM("plms" if skip else "prk", **ours), steps, all_calls=True)
     torch.testing.assert_close(got, cv.diffusers_trajectory(theirs, steps), **EXACT)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_odd_stride_as_diffusers(skip):
+    """1000 // 9 = 111: the two halves of a Runge-Kutta step are rounded down on their own."""
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.PNDMScheduler(skip_prk_steps=skip)
+    got = cv.trajectory(PNDM("plms" if skip else "prk"), 9, all_calls=True)
+    torch.testing.assert_close(got, cv.diffusers_trajectory(theirs, 9), **EXACT)
 
 
 @pytest.mark.parametrize("variant", ["plms", "prk"])
@@ -120,6 +129,26 @@ def test_fon_tends_to_ddim_at_every_timestep():
     whole = cv.trajectory(DDIM(), 1000)[-1]
     fon, f = ([float((cv.trajectory(PNDM(v), n)[-1] - whole).abs().mean()) for n in (20, 200)] for v in ("fon", "f"))
     assert fon[1] < fon[0] / 4 and fon[1] < f[1] / 3
+
+
+def test_entered_in_the_middle():
+    """Orders 1 to 4 from there on; a time that is there twice moves nothing at first."""
+    schedule, times = cv.schedule(), [500.0, 400.0, 300.0, 200.0, 100.0]
+    plan = entered(PNDM("plms"), schedule, times, Conversion())
+    assert plan.times == tuple(times) and all(plan.ends)
+    for step, weights in enumerate([*ADAMS_BASHFORTH, ADAMS_BASHFORTH[3]]):
+        end = schedule.level(times[step + 1]) if step < 4 else schedule.first
+        on_sample, on_epsilon = transfer(schedule.level(times[step]), end)
+        values = plan.table[step]
+        assert float(values[C.SAMPLE]) == on_sample and float(values[C.M]) == on_epsilon * weights[0]
+        past = [float(values[C.HISTORY + (step - back) % 3]) for back in range(1, len(weights))]
+        assert past == [on_epsilon * weight for weight in weights[1:]]
+    twice = entered(PNDM("plms"), schedule, [500.0, *times], Conversion())
+    assert twice.times == (500.0, *times) and twice.ends == (False, *plan.ends)
+    assert twice.table[0, C.SAMPLE] == 1 and not bool(twice.table[0, C.BASE : C.NOISE + 1].any())
+    assert torch.equal(twice.table[1:], plan.table)
+    with pytest.raises(ValueError, match=r"begin_index: PNDM\(variant='f'\) has to run from its start"):
+        entered(PNDM("f"), schedule, times, Conversion())
 
 
 def test_paper_and_repo_differ_by_a_timestep():
