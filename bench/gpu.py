@@ -3,7 +3,7 @@
     python bench/gpu.py --build             # build the package here first, then everything
     python bench/gpu.py --only check        # correctness alone
     python bench/gpu.py --only time --minutes 10 --filter depthwise
-    python bench/gpu.py --build --parts attention
+    python bench/gpu.py --build --parts attention samplers
 
 Every line is printed, and the JSON under bench/results/ rewritten, as soon as there is something to say: a run that is
 killed leaves what it had found. Exit code: 0, 1 (a check failed), 2 (no usable GPU).
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cuda", "triton")
 DTYPES = ("float32", "float16", "bfloat16")
 DEVICE = "cuda"
-PARTS = ("weighted_conv", "int8", "attention")
+PARTS = ("weighted_conv", "int8", "attention", "samplers")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -412,14 +412,21 @@ def interleaved(calls: dict[str, Callable], rounds: int, flush) -> dict[str, flo
     return {name: statistics.median(b.elapsed_time(e) for b, e in pairs) for name, pairs in times.items()}
 
 
-def peaks(flush) -> dict[str, float]:
-    """What this GPU reaches: GB/s of a large copy, TFLOP/s of a large matrix product per dtype."""
+def copy_bandwidth(flush) -> float:
+    """GB/s of a large copy, read and written."""
     import torch
 
     source = torch.empty(2**30, device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
     ms = interleaved({"copy": lambda: target.copy_(source)}, 10, flush)["copy"]
-    result = {"GB/s": 2 * source.numel() / ms / 1e6}
+    return 2 * source.numel() / ms / 1e6
+
+
+def peaks(flush) -> dict[str, float]:
+    """What this GPU reaches: GB/s of a large copy, TFLOP/s of a large matrix product per dtype."""
+    import torch
+
+    result = {"GB/s": copy_bandwidth(flush)}
     for name in DTYPES:
         a = torch.randn(8192, 8192, device="cuda", dtype=getattr(torch, name))
         ms = interleaved({"matmul": lambda a=a: a @ a}, 5, flush)["matmul"]
@@ -506,6 +513,15 @@ def check_attention(run: Run) -> int:
     return tally(run, "attention", gpu_attention.checks(run.args.filter, dtypes=dtypes))
 
 
+def check_samplers(run: Run) -> int:
+    """The rows of sampler_step on their case table, and whole runs; returns how many checks failed."""
+    import gpu_samplers
+    import torch
+
+    dtypes = [getattr(torch, name) for name in run.args.dtypes]
+    return tally(run, "samplers", gpu_samplers.checks(run.args.filter, dtypes=dtypes))
+
+
 def tally(run: Run, part: str, checks: Iterator[tuple[str, str | None]]) -> int:
     """Count and print (name, what is wrong or ``None``); returns how many checks failed."""
     counts = {"passed": 0, "skipped": 0}
@@ -590,6 +606,45 @@ def time_attention(run: Run) -> None:
         torch.cuda.empty_cache()
 
 
+def time_samplers(run: Run) -> None:
+    """Steps of samplers beside torch's own operations, then whole runs around a model that does nothing."""
+    import gpu_samplers
+    import torch
+
+    flush = torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+    bandwidth = copy_bandwidth(flush)
+    say(f"bandwidth of a large copy: {bandwidth:.0f} GB/s")
+    run.result["copy_GBs"], run.result["time_samplers"], run.result["time_sampler_loops"] = round(bandwidth, 1), [], []
+    for step in gpu_samplers.steps():
+        if run.args.filter not in step.name:
+            continue
+        if run.out_of_time():
+            say("sampler times: out of time")
+            return
+        try:
+            row = gpu_samplers.time_step(
+                step, lambda calls, rounds: interleaved(calls, rounds, flush),
+                rounds=run.args.rounds, with_compile=not run.args.no_compile, bandwidth=bandwidth,
+            )  # fmt: skip
+        except Exception as error:  # noqa: BLE001  (the other steps still count)
+            text = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            run.result["time_samplers"].append({"case": step.name, "failed": text})
+            say(f"{step.name} failed: {text}")
+            continue
+        run.result["time_samplers"].append(row)
+        for line in gpu_samplers.describe_row(row):
+            say(line)
+        run.save()
+        torch.cuda.empty_cache()
+    for solver, shape in gpu_samplers.loops():
+        if run.args.filter not in f"loop {solver}" or run.out_of_time():
+            continue
+        row = gpu_samplers.time_loop(solver, shape, rounds=10, device="cuda", backends=BACKENDS)
+        run.result["time_sampler_loops"].append(row)
+        say(f"{row['case']:34s} us a call {row['us_per_call']} {row['not_run'] or ''}")
+        run.save()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the sections asked for; returns the exit code."""
     args = parse(argv)
@@ -610,10 +665,10 @@ def main(argv: list[str] | None = None) -> int:
     run = Run(args, path, {"date": stamp, "command": command, "machine": facts})
     failures = 0
     if args.only != "time":
-        checks = {"weighted_conv": check, "int8": check_int8, "attention": check_attention}
+        checks = {"weighted_conv": check, "int8": check_int8, "attention": check_attention, "samplers": check_samplers}
         failures = sum(checks[part](run) for part in args.parts)
     if args.only != "check":
-        timers = {"weighted_conv": timings, "int8": time_int8, "attention": time_attention}
+        timers = {"weighted_conv": timings, "int8": time_int8, "attention": time_attention, "samplers": time_samplers}
         for part in args.parts:
             timers[part](run)
     run.save()
