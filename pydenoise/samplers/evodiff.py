@@ -25,9 +25,10 @@ class EVODiff(Solver):
     """EVODiff of order 2 on x0: one call of the model a step, weights that reduce the variance of the step.
 
     Its weights are functions of dot products of the last three x0 over each channel of each sample, so samples are
-    [B, C, ...]. A call is two launches: one takes x0 and the dot products, one corrects the last prediction and makes
-    the next. Where two outputs are the same, so that a ratio would be 0 / 0, it is 0. The states of a trajectory are
-    the predicted samples, which are what the model sees. Meant for few steps: it does not converge with more.
+    [B, C, ...]. A call is three launches: one takes how x0 changes, one its dot products, one corrects the last
+    prediction and makes the next. Where two outputs are the same, so that a ratio would be 0 / 0, it is 0. The states
+    of a trajectory are the predicted samples, which are what the model sees. Meant for few steps: it does not converge
+    with more.
 
     Args:
         final: where to end: "sigma_min" (the schedule's least noise), "zero" or a time.
@@ -51,7 +52,7 @@ class EVODiff(Solver):
         return times_to(schedule, num_steps, self.spacing, 0, self.final)
 
     def plan(self, schedule: NoiseSchedule, timesteps: Sequence[float], conversion: Conversion) -> Plan:
-        """Row 0: an Euler step, kept. The others leave x0 in the place of the sample, for the control's own rows."""
+        """Row 0: an Euler step, kept. The others leave in the sample's place what x0 differs by from the one before."""
         levels = path(schedule, timesteps, self.final)
         if len(timesteps) < 2:
             raise ValueError(f"num_steps: EVODiff needs at least 2 steps, got {len(timesteps)}")
@@ -66,7 +67,7 @@ class EVODiff(Solver):
         )  # fmt: skip
         rows = [first]
         for call, level in enumerate(levels[1:-1], 1):
-            rows.append(row(conversion, level, "sample", m=1.0, slot=1 if call == 1 else -1))
+            rows.append(row(conversion, level, "sample", m=1.0, history={(call - 1) % 2: -1.0}))
         return Plan.of(timesteps, levels[:-1], rows, initial_scale=schedule.initial_scale)
 
     def control(self, run: Run) -> Control:
@@ -116,7 +117,11 @@ class _Products(NamedTuple):
 
 
 class _Balance(Control):
-    """Two launches a call: x0 with its dot products, then the step with the coefficients that they give."""
+    """Three launches a call: the change of x0, its dot products, then the step with the coefficients that they give.
+
+    Dot products of x0 itself would not do: kernels add up float32, and where x0 hardly changes, the square of its
+    change would be their rounding.
+    """
 
     statistics = "dots"
 
@@ -125,30 +130,49 @@ class _Balance(Control):
         self._steps = [_Step.between(levels, max(n, 1)) for n in range(len(levels))]
         batch, channels = run.shape[:2]
         self._groups = torch.arange(batch * channels, device=run.device).view(batch, channels)
-        self._table = torch.zeros(batch * channels, C.WIDTH, dtype=run.dtype, device=run.device)
-        self._table[:, C.CLIP] = math.inf
-        self._table[:, [C.INPUT_SCALE, C.X0_SAMPLE, C.M_SAMPLE]] = 1.0  # the sample's place holds x0 then
+        self._row_of_all = [torch.full_like(self._groups, number) for number in range(2)]
+        self._measure = self._own_table(2, run)  # m is the change; what is left is x0 again, from the change and slot k
+        self._measure[:, C.SAMPLE] = 1.0
+        self._measure[0, C.HISTORY] = self._measure[1, C.HISTORY + 1] = 1.0
+        self._measure[:, C.SLOT] = -1
+        self._table = self._own_table(batch * channels, run)
         self._input_scale = run.plan.table[:, C.INPUT_SCALE].tolist()
         self._past: tuple[Tensor, Tensor, Tensor] | None = None  # <m0, m0>, <m0, m1>, <m1, m1> of the call before
         self._leading: Tensor | None = None  # r1 of the last prediction
 
+    @staticmethod
+    def _own_table(rows: int, run: Run) -> Tensor:
+        """Rows whose m and x0 are what lies in the sample's place."""
+        table = torch.zeros(rows, C.WIDTH, dtype=run.dtype, device=run.device)
+        table[:, C.CLIP] = math.inf
+        table[:, [C.INPUT_SCALE, C.X0_SAMPLE, C.M_SAMPLE]] = 1.0
+        return table
+
     def apply(self, call: int, launch: Launch) -> None:
         """See ``Control``."""
-        if call > 0 and self._past is None:
-            raise ValueError(f"first_call: EVODiff cannot be entered at call {call}; give the times from there on")
-        sums = launch(rows=torch.full_like(self._groups, call), statistics="dots")
-        tt, t0, t1 = sums[:, 0], sums[:, 1 + (call - 1) % 2], sums[:, 1 + call % 2]
         if call == 0:
-            self._past = (tt, tt, tt)  # only the first is looked at before there are three x0
+            square = launch(rows=self._row_of_all[0], statistics="dots")[:, 0]
+            self._past = (square, square, square)  # only the first is looked at before there are three x0
             return
-        products = _Products(tt, t0, t1, *self._past)
-        alike = _ratio(t0, products.p00, 0.0)
-        state: Terms = {"base": 1.0} if call == 1 else self._corrected(call, products, alike)
+        if self._past is None:
+            raise ValueError(f"first_call: EVODiff cannot be entered at call {call}; give the times from there on")
+        launch()
+        newest = (call - 1) % 2
+        sums = launch(rows=self._row_of_all[newest], table=self._measure, output=False, statistics="dots")
+        p = self._products(sums[:, 0], sums[:, 1 + newest], sums[:, 1 + call % 2] if call > 1 else None)
+        alike = _ratio(p.t0, p.p00, 0.0)
+        state: Terms = {"base": 1.0} if call == 1 else self._corrected(call, p, alike)
         last = call + 1 == self._calls
         after = self._last(call, state) if last else self._predicted(call, state, alike)
-        self._fill(call, after, state if call > 1 and not last else {})
+        self._fill(call, after, {} if last or call == 1 else state, -1 if last else call % 2)
         launch(rows=self._groups, table=self._table, output=False)
-        self._past = (tt, t0, products.p00)
+        self._past = (p.tt, p.t0, p.p00)
+
+    def _products(self, square: Tensor, on_0: Tensor, on_1: Tensor | None) -> _Products:
+        """Of the x0, from those of the change: with itself, with m0 and, from the third x0 on, with m1."""
+        p00, p01, p11 = self._past
+        t1 = p01 if on_1 is None else p01 + on_1
+        return _Products(p00 + 2 * on_0 + square, p00 + on_0, t1, p00, p01, p11)
 
     def _corrected(self, call: int, p: _Products, alike: Tensor) -> Terms:
         """The state at this call's level, from the one before, now that x0 at its prediction is known."""
@@ -198,10 +222,10 @@ class _Balance(Control):
         keep = shrink * end.alpha * step.ratio / level.alpha
         return _sum(keep, state, {"t": end.alpha * on_newest, "0": end.alpha * on_before})
 
-    def _fill(self, call: int, after: Terms, kept: Terms) -> None:
-        """Coefficients into the table's rows; x0 of this call, "t", is m."""
+    def _fill(self, call: int, after: Terms, kept: Terms, slot: int) -> None:
+        """Coefficients into the table's rows; x0 of this call, "t", is m, and goes to ``slot``."""
         table, slots = self._table, {"0": (call - 1) % 2, "1": call % 2}
-        table[:, C.SLOT] = call % 2
+        table[:, C.SLOT] = slot
         table[:, C.INPUT_SCALE] = self._input_scale[call]
         for terms, on_base, on_m, on_history in (
             (after, C.BASE, C.M, C.HISTORY),
