@@ -232,7 +232,7 @@ class _Rows:
         """(where the first stage ends, what the model is told of the middle)."""
         if self._solver.variant == "prk":
             # The half of an odd stride is rounded down, from the start for one and from the end for the other.
-            half = self._schedule.num_timesteps // (len(self._times) - 1) // 2
+            half = (now - then) // 2
             return now - half, then + half
         middle = (now + then) / 2
         middle = float(math.floor(middle)) if self._whole else middle
