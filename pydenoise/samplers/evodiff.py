@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,8 @@ FEW_STEPS = 20  # up to so many, zeta does not look at the difference of the out
 LARGEST = 2.0  # of a ratio of dot products
 SMALLEST = 1e-12  # below this share of its terms the square of a difference is rounding
 
-Terms = dict[str, float | Tensor]  # coefficients of "base" and of x0: "t" the newest, "0" and "1" the two before it
+Array = Tensor | np.ndarray  # a number for each group
+Terms = dict[str, float | Array]  # coefficients of "base" and of x0: "t" the newest, "0" and "1" the two before it
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ class _Step(NamedTuple):
         spread = math.log(s1 / s0) / math.log(s0 / s)
         return cls(ratio, 1 - ratio, spread, trust, math.sqrt(ratio / (s0 / s1)), 1 / s - 1 / s0)
 
-    def mixed(self, alike: Tensor) -> Tensor:
+    def mixed(self, alike: Array) -> Array:
         """How much of an x0 the next one repeats: what the steps alone say, mixed with what the data do."""
         return (1 - self.trust) * self.base + self.trust * alike
 
@@ -108,12 +110,12 @@ class _Step(NamedTuple):
 class _Products(NamedTuple):
     """Dot products [groups] of the newest x0 (t) and the two before it (0, 1)."""
 
-    tt: Tensor
-    t0: Tensor
-    t1: Tensor
-    p00: Tensor
-    p01: Tensor
-    p11: Tensor
+    tt: Array
+    t0: Array
+    t1: Array
+    p00: Array
+    p01: Array
+    p11: Array
 
 
 class _Balance(Control):
@@ -137,8 +139,8 @@ class _Balance(Control):
         self._measure[:, C.SLOT] = -1
         self._table = self._own_table(batch * channels, run)
         self._input_scale = run.plan.table[:, C.INPUT_SCALE].tolist()
-        self._past: tuple[Tensor, Tensor, Tensor] | None = None  # <m0, m0>, <m0, m1>, <m1, m1> of the call before
-        self._leading: Tensor | None = None  # r1 of the last prediction
+        self._past: tuple[Array, Array, Array] | None = None  # <m0, m0>, <m0, m1>, <m1, m1> of the call before
+        self._leading: Array | None = None  # r1 of the last prediction
 
     @staticmethod
     def _own_table(rows: int, run: Run) -> Tensor:
@@ -151,14 +153,14 @@ class _Balance(Control):
     def apply(self, call: int, launch: Launch) -> None:
         """See ``Control``."""
         if call == 0:
-            square = launch(rows=self._row_of_all[0], statistics="dots")[:, 0]
+            square = _array(launch(rows=self._row_of_all[0], statistics="dots")[:, 0].clone())
             self._past = (square, square, square)  # only the first is looked at before there are three x0
             return
         if self._past is None:
             raise ValueError(f"first_call: EVODiff cannot be entered at call {call}; give the times from there on")
         launch()
         newest = (call - 1) % 2
-        sums = launch(rows=self._row_of_all[newest], table=self._measure, output=False, statistics="dots")
+        sums = _array(launch(rows=self._row_of_all[newest], table=self._measure, output=False, statistics="dots"))
         p = self._products(sums[:, 0], sums[:, 1 + newest], sums[:, 1 + call % 2] if call > 1 else None)
         alike = _ratio(p.t0, p.p00, 0.0)
         state: Terms = {"base": 1.0} if call == 1 else self._corrected(call, p, alike)
@@ -168,13 +170,13 @@ class _Balance(Control):
         launch(rows=self._groups, table=self._table, output=False)
         self._past = (p.tt, p.t0, p.p00)
 
-    def _products(self, square: Tensor, on_0: Tensor, on_1: Tensor | None) -> _Products:
+    def _products(self, square: Array, on_0: Array, on_1: Array | None) -> _Products:
         """Of the x0, from those of the change: with itself, with m0 and, from the third x0 on, with m1."""
         p00, p01, p11 = self._past
         t1 = p01 if on_1 is None else p01 + on_1
         return _Products(p00 + 2 * on_0 + square, p00 + on_0, t1, p00, p01, p11)
 
-    def _corrected(self, call: int, p: _Products, alike: Tensor) -> Terms:
+    def _corrected(self, call: int, p: _Products, alike: Array) -> Terms:
         """The state at this call's level, from the one before, now that x0 at its prediction is known."""
         step, level, before = self._steps[call], self._levels[call], self._levels[call - 1]
         r1, r2, spread = self._leading, step.mixed(alike), step.spread
@@ -183,13 +185,13 @@ class _Balance(Control):
         cross = p.t0 - r2 * p.p00 - r1 * p.t1 + r1 * r2 * p.p01
         backward, forward = first / spread**2, second * spread**2
         balance = _ratio(forward - backward, forward + backward - 2 * cross, SMALLEST * (forward + backward))
-        eta = torch.sigmoid((balance / 2).abs()) / 2
+        eta = _sigmoid(abs(balance / 2)) / 2
         on_first, on_second = -eta / spread, spread * (1 - eta)  # the slope in D1 and D2
         slope_on_first = on_first * first + on_second * cross
         size = SMALLEST * (p.p00 + r1**2 * p.p11)
-        scale = step.gain / (2 * torch.sigmoid(r1.abs() / 4) * spread)
+        scale = step.gain / (2 * _sigmoid(abs(r1) / 4) * spread)
         shift = _ratio(scale * (first - slope_on_first), first, size) / step.gain
-        weight = step.gain / (2 * self._zeta(step, shift.abs() - 0.5, p))
+        weight = step.gain / (2 * self._zeta(step, abs(shift) - 0.5, p))
         alpha = level.alpha
         return {
             "base": alpha * step.ratio / before.alpha,
@@ -198,18 +200,18 @@ class _Balance(Control):
             "1": alpha * weight * -on_first * r1,
         }
 
-    def _zeta(self, step: "_Step", shift: Tensor, p: _Products) -> Tensor:
+    def _zeta(self, step: "_Step", shift: Array, p: _Products) -> Array:
         if self._calls <= FEW_STEPS:
-            return torch.sigmoid(shift)
+            return _sigmoid(shift)
         square = p.p00 - 2 * p.p01 + p.p11
         along = _ratio(step.inverse * (p.p00 - p.p01), square, SMALLEST * (p.p00 + p.p11))
-        return torch.sigmoid(-shift * torch.sigmoid(along * (2 - step.ratio**2)))
+        return _sigmoid(-shift * _sigmoid(along * (2 - step.ratio**2)))
 
-    def _predicted(self, call: int, state: Terms, alike: Tensor) -> Terms:
+    def _predicted(self, call: int, state: Terms, alike: Array) -> Terms:
         """The prediction at the next level, from the state at this one."""
         step, alpha = self._steps[call + 1], self._levels[call + 1].alpha
         self._leading = step.mixed(alike)
-        weight = step.gain / (2 * torch.sigmoid(self._leading.abs() / 4) * step.spread)
+        weight = step.gain / (2 * _sigmoid(abs(self._leading) / 4) * step.spread)
         keep = alpha * step.ratio / self._levels[call].alpha
         return _sum(keep, state, {"t": alpha * (step.gain + weight), "0": -alpha * weight * self._leading})
 
@@ -224,7 +226,7 @@ class _Balance(Control):
 
     def _fill(self, call: int, after: Terms, kept: Terms, slot: int) -> None:
         """Coefficients into the table's rows; x0 of this call, "t", is m, and goes to ``slot``."""
-        table, slots = self._table, {"0": (call - 1) % 2, "1": call % 2}
+        table, slots = _array(self._table), {"0": (call - 1) % 2, "1": call % 2}
         table[:, C.SLOT] = slot
         table[:, C.INPUT_SCALE] = self._input_scale[call]
         for terms, on_base, on_m, on_history in (
@@ -236,10 +238,20 @@ class _Balance(Control):
                 table[:, on_history + slot] = terms.get(name, 0.0)
 
 
-def _ratio(over: Tensor, under: Tensor, smallest: Tensor | float) -> Tensor:
+def _array(tensor: Tensor) -> Array:
+    """On the host NumPy's view of it, whose calls on a few numbers cost a fifth of torch's."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _sigmoid(x: Array) -> Array:
+    return 1 / (1 + (np if isinstance(x, np.ndarray) else torch).exp(-x))
+
+
+def _ratio(over: Array, under: Array, smallest: Array | float) -> Array:
     """over / under within the largest ratio; 0 where ``under`` is not above ``smallest``."""
-    zero = torch.zeros((), dtype=under.dtype, device=under.device)
-    return torch.where(under > smallest, over / under, zero).clamp(-LARGEST, LARGEST)
+    library = np if isinstance(under, np.ndarray) else torch
+    enough = under > smallest
+    return library.clip(library.where(enough, over, 0.0) / library.where(enough, under, 1.0), -LARGEST, LARGEST)
 
 
 def _sum(factor: float, terms: Terms, others: Terms) -> Terms:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pydenoise.samplers import DPMSolverPP, EVODiff, NoiseSchedule, Sampler
+from pydenoise.samplers import DPMSolverPP, EVODiff, NoiseSchedule, Sampler, evodiff
 from pydenoise.samplers.levels import Level
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -92,6 +92,14 @@ def test_restated(steps):
     x = start() * sigmas[0]
     expected = restated(sigmas, x, lambda x, s: mixture().x0(x, Level(1.0, s)))
     assert_close(ve_run(sigmas).sample(x), expected[-1], rtol=0, atol=1e-10)
+
+
+def test_coefficients_on_a_device(monkeypatch):
+    """There they are torch's; on the host NumPy's."""
+    sigmas = [*EVODiff().timesteps(NoiseSchedule.karras(), 22), 0.002]
+    expected = ve_run(sigmas).sample(start() * 80)
+    monkeypatch.setattr(evodiff, "_array", lambda tensor: tensor)
+    assert_close(ve_run(sigmas).sample(start() * 80), expected, rtol=0, atol=1e-10)
 
 
 def test_golden_errors():
