@@ -58,6 +58,7 @@ class Sampler:
     Args:
         denoiser: ``denoiser(x, t, **conditioning) -> output``; x [B, ...], t [B]: int64 where all times are whole
             numbers on a discrete schedule, else float32. Twice the batch with guidance.
+            x is the sampler's own buffer: a denoiser must not change it.
         schedule: the noise levels that the denoiser was trained on.
         solver: DDIM(), DPMSolverPP(2), ...: see ``pydenoise.samplers``.
         num_steps: steps of the solver; which times they are at is the solver's choice unless ``timesteps`` says it.
