@@ -224,6 +224,18 @@ def test_begins_at_pure_noise():
         sampler(DPMSolverPP(2), 10, levels)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_flow_from_pure_noise(number):
+    """Where alpha is 0 at first, the default of flow models; the mean error falls with the steps."""
+    levels = NoiseSchedule.flow()
+    exact = gaussian().flow(start(), levels.last, Level.clean())
+    few, many = (
+        float((sampler(DPMSolverPP(number), steps, levels, "flow", gaussian()).sample(start()) - exact).abs().mean())
+        for steps in (10, 40)
+    )
+    assert many < few / 2 and many < 0.1
+
+
 def test_float32_is_close_to_float64():
     for solver in (DPMSolverPP(1), DPMSolverPP(2), DPMSolverPP(3)):
         exact = sampler(solver, model=gaussian()).sample(start())

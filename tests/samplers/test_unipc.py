@@ -154,6 +154,18 @@ def test_begins_at_pure_noise():
         sampler(UniPC(2, "bh1", final="sigma_min"), 20, levels, "v_prediction")
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_flow_from_pure_noise(number):
+    """Where alpha is 0 at first, the default of flow models; the mean error falls with the steps."""
+    levels = NoiseSchedule.flow()
+    exact = gaussian().flow(start(), levels.last, Level.clean())
+    few, many = (
+        float((sampler(UniPC(number), steps, levels, "flow", gaussian()).sample(start()) - exact).abs().mean())
+        for steps in (10, 40)
+    )
+    assert many < few / 2 and many < 0.1
+
+
 def test_float32_is_close_to_float64():
     for number in (1, 2, 3):
         exact_run = sampler(UniPC(number), model=gaussian()).sample(start())
