@@ -27,6 +27,7 @@ class Setting:
     model_dtype: torch.dtype | None
     kind: str
     check_finite: bool
+    learned_variance: bool  # the model's output has twice the channels
     backend: str
 
 
@@ -50,7 +51,7 @@ class Loop:
         self.model_input = self._model_input(x)
         self.input = self.sample if self.model_input is None else self.model_input
         self._output_shape = self.input.shape
-        if plan.learned_variance and x.dim() > 1:
+        if setting.learned_variance and x.dim() > 1:
             batch, channels, *rest = self.input.shape
             self._output_shape = torch.Size((batch, 2 * channels, *rest))
         self.times = self._times(x)
@@ -173,6 +174,8 @@ class Loop:
             raise TypeError(f"denoiser: expected a floating-point tensor at call {call}, got {output.dtype}")
         if output.dtype == torch.float64 and self.sample.dtype != torch.float64:
             raise TypeError(f"denoiser: float64 at call {call} for a sample of {self.sample.dtype}")
+        if self.setting.learned_variance and not self.setting.plan.learned_variance:
+            output = output[:, : self.input.shape[1]]
         if self.copies == 1:
             return output, None
         batch = self.sample.shape[0]

@@ -72,6 +72,8 @@ class Sampler:
         input_scale: what the model's input is multiplied by, for each ``Level``.
         observers: told of every call through ``begin_step(call, calls)`` before the model runs (sparse attention,
             networks whose width changes), and of a run's times through ``begin_run(times)``, if they have that.
+        learned_variance: the model returns twice the channels, a prediction and a variance. ``None``: where the solver
+            uses the variance (``DDPM("learned_range")``); ``True`` for another solver on such a model.
         model_dtype: of the model's input; ``None``: the sample's.
         graph: capture a step as a CUDA graph; ``None``: on CUDA, where nothing forbids it.
         check_finite: a denoiser that returns NaN or infinity is an error that names the call.
@@ -98,6 +100,7 @@ class Sampler:
         dynamic_max: float = 1.0,
         input_scale: Callable[[Level], float] | None = None,
         observers: Sequence[object] = (),
+        learned_variance: bool | None = None,
         model_dtype: torch.dtype | None = None,
         graph: bool | None = None,
         check_finite: bool = True,
@@ -115,7 +118,7 @@ class Sampler:
         self.guidance = _guidance_of(guidance_scale, self.plan.calls)
         self._setting = Setting(
             self.plan, self.times, self.guidance, self.first_input_scale, dynamic_threshold, dynamic_max, model_dtype,
-            schedule.kind, check_finite, backend,
+            schedule.kind, check_finite, _learned(learned_variance, plan), backend,
         )  # fmt: skip
         self.observers, self._graph = tuple(observers), graph
         self._loops: dict[tuple, Loop] = {}
@@ -311,6 +314,12 @@ def _guidance_of(scale, calls: int) -> tuple[float, ...] | None:
     if len(scales) != calls:
         raise ValueError(f"guidance_scale: expected a number, or one for each of {calls} calls, got {len(scales)}")
     return scales
+
+
+def _learned(asked: bool | None, plan: Plan) -> bool:
+    if asked is False and plan.learned_variance:
+        raise ValueError("learned_variance: this solver takes the variance from the model, got False")
+    return plan.learned_variance or bool(asked)
 
 
 def _with_input_scale(plan: Plan, scale: Callable[[Level], float] | None) -> Plan:

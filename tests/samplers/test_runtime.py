@@ -179,6 +179,22 @@ def test_model_dtype_and_input_scale():
         torch.testing.assert_close(seen[call], wanted, rtol=0.008, atol=1e-6)
 
 
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("solver", [DDIM(), NOISY], ids=["ddim", "ddim eta 1"])
+def test_a_variance_that_the_solver_does_not_use(solver, guided):
+    """A model with learned variance under a solver without: the second half of its channels is left alone."""
+    y = torch.ones(3)
+    options = {"conditioning": {"y": y}, "unconditional": {"y": y * 0}} if guided else {}
+    scale = 2.0 if guided else None
+
+    def both(x, t, **conditioning):
+        return torch.cat([noise_of(x, t, **conditioning), torch.full_like(x, torch.nan)], 1)
+
+    wanted = sampler(solver=solver, guidance_scale=scale).sample(torch.ones(SHAPE), seed=0, **options)
+    run = sampler(both, solver=solver, guidance_scale=scale, learned_variance=True)
+    assert torch.equal(run.sample(torch.ones(SHAPE), seed=0, **options), wanted)
+
+
 class Observer:
     def __init__(self):
         self.told = []
