@@ -75,7 +75,7 @@ def demangle(names: list[str]) -> dict[str, str]:
     result = {}
     for name, full in zip(names, out.splitlines(), strict=True):
         short = re.sub(r"(\w+|\(anonymous namespace\)|<unnamed>|_GLOBAL__N__\w+)::", "", full.removeprefix("void "))
-        short = re.sub(r"\((?:int|bool)\)", "", short)
+        short = re.sub(r"\((?:int|bool|Statistics)\)", "", short)
         result[name] = short.split("(")[0]
     return result
 
