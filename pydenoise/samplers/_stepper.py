@@ -30,7 +30,11 @@ class Stepper:
         backend: str = "auto",
     ):
         self.plan, self.schedule, self.solver, self.conversion = plan, schedule, solver, conversion
-        self._setting = Setting(plan, plan.times, None, 1.0, quantile, most, None, schedule.kind, True, backend)
+        self._setting = Setting(
+            plan=plan, times=plan.times, guidance=None, first_input_scale=1.0, quantile=quantile, most=most,
+            model_dtype=None, kind=schedule.kind, check_finite=True, learned_variance=plan.learned_variance,
+            backend=backend,
+        )  # fmt: skip
         self._pool, self._loops = OutputPool(), {}
         self._loop: Loop | None = None
 

@@ -273,7 +273,7 @@ class SchedulerMethods:
         self._stepper, self._offset = self._stepper_at(index, variant)
         table = self._stepper.plan.table
         self._adds_noise = (table[:, C.NOISE] != 0).tolist()
-        noisy = self._stepper.plan.needs_noise and self.config.noise == "fused"
+        noisy = self._stepper.plan.needs_noise  # what the keys are is said where they are first needed
         keys = torch.zeros(sample.shape[0], 2, dtype=torch.int64, device=sample.device) if noisy else None
         self._seeded = False
         self._stepper.begin(sample, keys, preview)
