@@ -28,9 +28,7 @@ class Graphs:
         loop.launch(self._index, self._index + 1, output, other)
         self._index.add_(1)
 
-    def step(
-        self, denoiser: Callable, conditions: Mapping[str, object], observers: Sequence, first_call: int
-    ) -> Callable[[int], None]:
+    def step(self, denoiser: Callable, conditions: Mapping[str, object], observers: Sequence) -> Callable[[int], None]:
         """A function that replays the graph of a call; graphs that are missing are captured first."""
         key = (id(denoiser), _signature(conditions))
         if key not in self._kept:
@@ -39,14 +37,14 @@ class Graphs:
             self._kept[key] = (denoiser, _static(conditions), {})
         own, static, graphs = self._kept[key]
         _copy(static, conditions)
-        calls = range(first_call, self._loop.setting.plan.calls)
+        calls = range(self._loop.setting.plan.calls)
         for call in calls:
             form = tuple(observer.graph_key(call) for observer in observers)
             if form not in graphs:
                 for observer in observers:
                     observer.begin_step(call, calls.stop)
                 graphs[form] = self._capture(own, static)
-        self._index.fill_(first_call)
+        self._index.zero_()
 
         def replay(call: int) -> None:
             graphs[tuple(observer.graph_key(call) for observer in observers)].replay()

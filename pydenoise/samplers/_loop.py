@@ -123,15 +123,14 @@ class Loop:
         noise: Mapping[int, Tensor] | None,
         control: Control,
         observers: Sequence,
-        first_call: int,
         after: Callable[[int], None],
         graphed: bool,
     ) -> None:
-        """Every call from ``first_call`` on; ``after`` is called with its number."""
+        """Every call; ``after`` is called with its number."""
         calls = self.setting.plan.calls
-        step = self._graphs.step(denoiser, conditions, observers, first_call) if graphed else None
+        step = self._graphs.step(denoiser, conditions, observers) if graphed else None
         plain = type(control) is Control and noise is None and self.bound is not None
-        for call in range(first_call, calls):
+        for call in range(calls):
             for observer in observers:
                 observer.begin_step(call, calls)
             if step is not None:

@@ -25,8 +25,8 @@ def initial_noise(
 class Noise:
     """Noise from outside: one tensor for every call that adds noise. Nothing, if none is given."""
 
-    def __init__(self, given: Sequence[Tensor] | Tensor | None, plan: Plan, x: Tensor, first_call: int = 0):
-        self._calls = [call for call in plan.noisy_calls if call >= first_call]
+    def __init__(self, given: Sequence[Tensor] | Tensor | None, plan: Plan, x: Tensor):
+        self._calls = plan.noisy_calls
         self._given = None if given is None else list(given)
         if self._given is None:
             return

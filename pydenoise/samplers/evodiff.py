@@ -157,7 +157,7 @@ class _Balance(Control):
             self._past = (square, square, square)  # only the first is looked at before there are three x0
             return
         if self._past is None:
-            raise ValueError(f"first_call: EVODiff cannot be entered at call {call}; give the times from there on")
+            raise ValueError(f"call: EVODiff cannot be entered at call {call}; give the times from there on")
         launch()
         newest = (call - 1) % 2
         sums = _array(launch(rows=self._row_of_all[newest], table=self._measure, output=False, statistics="dots"))

@@ -15,7 +15,7 @@ from pydenoise.samplers._conditions import Conditions
 from pydenoise.samplers._loop import Loop, Setting
 from pydenoise.samplers._noise import Noise, initial_noise
 from pydenoise.samplers._progress import Progress
-from pydenoise.samplers._seeds import Generator, Seed, noise_keys
+from pydenoise.samplers._seeds import Generator, Seed, sample_keys
 from pydenoise.samplers.levels import Level, NoiseSchedule
 from pydenoise.samplers.plan import Control, Conversion, Plan, Run, Solver
 
@@ -107,11 +107,17 @@ class Sampler:
         backend: str = "auto",
     ):
         _check_parts(denoiser, schedule, solver, observers)
+        self._options = {
+            "prediction_type": prediction_type, "guidance_scale": guidance_scale, "time_table": time_table,
+            "clip": clip, "clip_rederives": clip_rederives, "dynamic_threshold": dynamic_threshold,
+            "dynamic_max": dynamic_max, "input_scale": input_scale, "observers": observers, "learned_variance": learned_variance,
+            "model_dtype": model_dtype, "graph": graph, "check_finite": check_finite, "backend": backend,
+        }  # fmt: skip
         self.denoiser, self.schedule, self.solver = denoiser, schedule, solver
         self.conversion = Conversion(prediction_type, clip, clip_rederives, dynamic_threshold is not None)
         _check_dynamic(clip, dynamic_threshold, dynamic_max)
-        times = _times_of(solver, schedule, num_steps, timesteps)
-        plan = solver.plan(schedule, times, self.conversion)
+        self.timesteps = tuple(_times_of(solver, schedule, num_steps, timesteps))
+        plan = solver.plan(schedule, self.timesteps, self.conversion)
         self.plan = _with_input_scale(plan, input_scale)
         self.first_input_scale = 1.0 if input_scale is None else float(input_scale(plan.levels[0]))
         self.times = _time_table(time_table, self.plan)
@@ -126,6 +132,24 @@ class Sampler:
     def __repr__(self) -> str:
         return f"Sampler({self.solver!r}, {self.plan.calls} calls of the model)"
 
+    def from_step(self, step: int) -> "Sampler":
+        """The sampler of the steps from ``step`` on, which a multistep solver enters without history.
+
+        For image-to-image: ``late = sampler.from_step(k)``, begin at ``schedule.add_noise(image, noise,
+        late.timesteps[0])``.
+        """
+        if isinstance(step, bool) or not hasattr(step, "__index__"):
+            raise TypeError(f"step: expected an int, got {type(step).__name__}")
+        if not 0 <= step < len(self.timesteps):
+            raise ValueError(f"step: expected a step from 0 to {len(self.timesteps) - 1}, got {step}")
+        options = dict(self._options)
+        for name in ("guidance_scale", "time_table"):
+            if isinstance(options[name], Sequence):
+                if self.plan.calls != len(self.timesteps):
+                    raise ValueError(f"{name}: one for each call does not say which belong to a step; give a new one")
+                options[name] = options[name][step:]
+        return Sampler(self.denoiser, self.schedule, self.solver, timesteps=self.timesteps[step:], **options)
+
     def sample(
         self,
         x: Tensor | None = None,
@@ -138,7 +162,6 @@ class Sampler:
         noise: Sequence[Tensor] | Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        first_call: int = 0,
         progress: bool = False,
         callback: Callable[[StepInfo], None] | None = None,
         preview: bool = False,
@@ -154,7 +177,6 @@ class Sampler:
             generator: a torch.Generator, or one for each sample; ``seed``: an int, or one for each sample, instead.
                 With one for each sample, a sample does not depend on what it is batched with.
             noise: the z of every call that adds noise, in order, each [B, ...], instead of generated ones.
-            first_call: where to enter the plan: with ``x`` a noised image, as image-to-image does.
             progress: a line on stderr.
             callback: called with a ``StepInfo`` after every call of the model.
             preview: ``StepInfo.x0`` is wanted.
@@ -165,21 +187,19 @@ class Sampler:
             TypeError, ValueError: a bad argument, or a bad result of the denoiser; the message names it and the call.
         """
         x, keys = self._start(x, shape, dtype, device, generator, seed)
-        if not 0 <= first_call < self.plan.calls:
-            raise ValueError(f"first_call: expected a call from 0 to {self.plan.calls - 1}, got {first_call}")
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch: expected a positive number, got {max_batch}")
         conditions = Conditions(conditioning, unconditional, x, self.guidance is not None)
-        given = Noise(noise, self.plan, x, first_call)
+        given = Noise(noise, self.plan, x)
         size = x.shape[0] if max_batch is None else max(1, min(max_batch, x.shape[0]))
         pieces = range(0, x.shape[0], size) if x.shape[0] else (0,)
         results = []
-        with Progress(progress, self.solver.name, len(pieces) * (self.plan.calls - first_call)) as line:
+        with Progress(progress, self.solver.name, len(pieces) * self.plan.calls) as line:
             for begin in pieces:
                 part = slice(begin, begin + size)
                 results.append(
                     self._run(x[part], None if keys is None else keys[part], conditions.part(part), given.part(part),
-                              first_call, line, callback, preview, return_trajectory)
+                              line, callback, preview, return_trajectory)
                 )  # fmt: skip
         if not return_trajectory:
             return results[0] if len(results) == 1 else torch.cat(results)
@@ -202,12 +222,12 @@ class Sampler:
                 raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         _check_generator(generator, device)
         needs = self.plan.needs_noise or x is None
-        keys = noise_keys(seed, generator, batch, 1, device)[:, 0].contiguous() if needs else None
+        keys = sample_keys(seed, generator, batch, device) if needs else None
         if x is None:
             x = initial_noise(tuple(shape), keys, self.plan.initial_scale, dtype, self._setting.backend)
         return x.detach(), keys
 
-    def _run(self, x, keys, conditions, noise, first_call, line, callback, preview, trajectory):
+    def _run(self, x, keys, conditions, noise, line, callback, preview, trajectory):
         run = Run(self.plan, self.schedule, self.conversion, x.shape,
                   torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)  # fmt: skip
         control = self.solver.control(run)
@@ -231,10 +251,9 @@ class Sampler:
         with torch.inference_mode():
             loop.begin(x, keys)
             graphed = loop.graph_of(self._graph, self.observers, control, noise)
-            loop.run(self.denoiser, conditions, noise, control or Control(), self.observers, first_call, after, graphed)
-            result = loop.sample.clone()
+            loop.run(self.denoiser, conditions, noise, control or Control(), self.observers, after, graphed)
         # Buffers made under inference mode stay inside; what leaves is an ordinary tensor.
-        result = _ordinary(result)
+        result = loop.sample.clone()
         return Trajectory(result, torch.stack([_ordinary(s) for s in states]), tuple(times)) if trajectory else result
 
     def _loop(self, x: Tensor, noisy: bool, preview: bool) -> Loop:

@@ -207,8 +207,6 @@ def test_bad_input():
         sampler(EVODiff(), 5, NoiseSchedule.flow(), "flow")
     with pytest.raises(ValueError, match=r"x: EVODiff needs samples \[B, C, ...\], got \(3,\)"):
         sampler(EVODiff(), 5).sample(torch.zeros(3, dtype=torch.float64))
-    with pytest.raises(ValueError, match="first_call: EVODiff cannot be entered at call 2"):
-        sampler(EVODiff(), 5).sample(start(), first_call=2)
     with pytest.raises(ValueError, match="spacing: expected one of"):
         EVODiff(spacing="logSNR")
 

@@ -233,12 +233,21 @@ def test_progress(capsys):
 
 
 def test_entering_late():
-    """As image-to-image does: the last calls of the plan, from a noised image."""
-    run = sampler()
-    states = run.sample(torch.ones(SHAPE), return_trajectory=True).states
-    assert torch.equal(run.sample(states[2], first_call=2), states[-1])
-    with pytest.raises(ValueError, match="first_call: expected a call from 0 to 4, got 5"):
-        run.sample(torch.ones(SHAPE), first_call=5)
+    """As image-to-image does: the last steps, from a noised image; a multistep solver begins anew."""
+    run = sampler(guidance_scale=[1.0, 2.0, 3.0, 4.0, 5.0], solver=samplers.DPMSolverPP(1, final="sigma_min"))
+    y = torch.ones(3)
+    options = {"conditioning": {"y": y}, "unconditional": {"y": y * 0}}
+    states = run.sample(torch.ones(SHAPE), return_trajectory=True, **options).states
+    torch.testing.assert_close(run.from_step(2).sample(states[2], **options), states[-1])
+    many = sampler(steps=20, solver=samplers.DPMSolverPP(3))
+    alone = Sampler(noise_of, SCHEDULE, samplers.DPMSolverPP(3), timesteps=many.timesteps[8:])
+    assert torch.equal(many.from_step(8).sample(torch.ones(SHAPE)), alone.sample(torch.ones(SHAPE)))
+    with pytest.raises(ValueError, match="step: expected a step from 0 to 4, got 5"):
+        run.from_step(5)
+    with pytest.raises(TypeError, match="step: expected an int"):
+        run.from_step(0.5)
+    with pytest.raises(ValueError, match="guidance_scale: which of those"):
+        sampler(solver=samplers.Heun(), guidance_scale=[1.0] * 9).from_step(1)
 
 
 # ----------------------------------------------------------------------------------------------------- what it costs
@@ -389,3 +398,12 @@ def test_unknown_names():
     with pytest.raises(AttributeError, match="no attribute 'Eular'"):
         samplers.Eular  # noqa: B018
     assert "DDIM" in dir(samplers)
+
+
+@pytest.mark.parametrize("seed", [3, 2**63 + 5, -1, (4, 5, 6)])
+def test_keys_of_samples_are_those_of_positions(seed):
+    from pydenoise.samplers._seeds import noise_keys, sample_keys
+
+    expected = noise_keys(seed, None, 3, 1, torch.device("cpu"))[:, 0]
+    assert torch.equal(sample_keys(seed, None, 3, torch.device("cpu")), expected)
+    assert sample_keys(1, None, 0, torch.device("cpu")).shape == (0, 2)
