@@ -26,6 +26,16 @@ def noise_keys(seed: Seed, generator: Generator, batch: int, positions: int, dev
     return torch.stack([owners, numbers], -1)
 
 
+def sample_keys(seed: Seed, generator: Generator, batch: int, device: torch.device) -> Tensor:
+    """int64 [batch, 2]: ``noise_keys`` of samples with one position each, as one tensor made of Python's numbers."""
+    if isinstance(seed, Sequence) or isinstance(generator, Sequence):
+        pairs = [(owner, 0) for owner in _each(seed, generator, batch)]
+    else:
+        owner = _seed_of(seed, generator)
+        pairs = [(owner, number << 32) for number in range(batch)]
+    return torch.tensor(pairs, dtype=torch.int64).reshape(batch, 2).to(device)
+
+
 def _each(seed: Seed, generator: Generator, batch: int) -> list[int]:
     name, given = ("seed", seed) if isinstance(seed, Sequence) else ("generator", generator)
     if seed is not None and generator is not None:

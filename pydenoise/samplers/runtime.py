@@ -110,8 +110,9 @@ class Sampler:
         self._options = {
             "prediction_type": prediction_type, "guidance_scale": guidance_scale, "time_table": time_table,
             "clip": clip, "clip_rederives": clip_rederives, "dynamic_threshold": dynamic_threshold,
-            "dynamic_max": dynamic_max, "input_scale": input_scale, "observers": observers, "learned_variance": learned_variance,
-            "model_dtype": model_dtype, "graph": graph, "check_finite": check_finite, "backend": backend,
+            "dynamic_max": dynamic_max, "input_scale": input_scale, "observers": observers,
+            "learned_variance": learned_variance, "model_dtype": model_dtype, "graph": graph,
+            "check_finite": check_finite, "backend": backend,
         }  # fmt: skip
         self.denoiser, self.schedule, self.solver = denoiser, schedule, solver
         self.conversion = Conversion(prediction_type, clip, clip_rederives, dynamic_threshold is not None)
