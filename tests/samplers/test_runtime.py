@@ -246,7 +246,7 @@ def test_entering_late():
         run.from_step(5)
     with pytest.raises(TypeError, match="step: expected an int"):
         run.from_step(0.5)
-    with pytest.raises(ValueError, match="guidance_scale: which of those"):
+    with pytest.raises(ValueError, match="guidance_scale: one for each call"):
         sampler(solver=samplers.Heun(), guidance_scale=[1.0] * 9).from_step(1)
 
 
