@@ -52,19 +52,25 @@ PDN_INLINE void turn(vf radius, vu words, vf& cosine, vf& sine) {
     sine = radius * (polynomial(kSine, s) * (s * x) + x);
 }
 
-// The normal numbers of a block of kNoiseBlock columns: classes 0 and 1 share a radius and an angle, 2 and 3 too.
-PDN_INLINE void normal_block(int64_t column, const NoiseRow& row, float* z) {
+// The normal numbers of `blocks` times kNoiseBlock columns, the first of which is a multiple of it. Classes 0 and 1 of
+// a block share a radius and an angle, 2 and 3 too. Several blocks in a call: what the rounds make of the row alone,
+// they make once.
+__attribute__((noinline)) void normal_blocks(int64_t column, int64_t blocks, const NoiseRow& of, float* z) {
     constexpr int kVectors = kNoiseLanes / kWidth;
-    NoiseWords words;
-    noise_words(column, row, words);
-    for (int pair = 0; pair < 2; ++pair)
-        for (int i = 0; i < kVectors; ++i) {
-            const int even = 2 * pair * kVectors + i, odd = even + kVectors;
-            vf cosine, sine;
-            turn(normal_radius(words.v[even]), words.v[odd], cosine, sine);
-            store(z + even * kWidth, cosine);
-            store(z + odd * kWidth, sine);
-        }
+    const NoiseRow row = of;
+    for (int64_t block = 0; block < blocks; ++block) {
+        NoiseWords words;
+        noise_words(column + block * kNoiseBlock, row, words);
+        float* here = z + block * kNoiseBlock;
+        for (int pair = 0; pair < 2; ++pair)
+            for (int i = 0; i < kVectors; ++i) {
+                const int even = 2 * pair * kVectors + i, odd = even + kVectors;
+                vf cosine, sine;
+                turn(normal_radius(words.v[even]), words.v[odd], cosine, sine);
+                store(here + even * kWidth, cosine);
+                store(here + odd * kWidth, sine);
+            }
+    }
 }
 
 }  // namespace

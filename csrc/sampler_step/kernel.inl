@@ -11,7 +11,8 @@ namespace pdn {
 namespace sampler_step {
 namespace {
 
-constexpr int kTile = 4;  // vectors
+constexpr int kTile = 4;                        // vectors
+constexpr int64_t kNoiseRun = 8 * kNoiseBlock;  // columns whose noise is made at once: they stay in the first cache
 static_assert(kChunk % kNoiseBlock == 0 && kNoiseBlock % (kTile * kWidth) == 0, "noise comes in whole blocks");
 
 // A slot of the history and what it is multiplied with.
@@ -45,12 +46,6 @@ struct Found {
     vi bad;  // not 0 where something was not finite
 };
 
-template <bool Partial, class E>
-PDN_INLINE vf read(const E* p, int lanes) {
-    if constexpr (Partial) return load_partial(p, lanes);
-    return load(p);
-}
-
 PDN_INLINE bool streams_to(const void* p) { return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(float)) == 0; }
 
 // Without reading the line first that is written, nor keeping it.
@@ -66,19 +61,17 @@ PDN_INLINE void store_past(float* p, vf v) {
 #endif
 }
 
-template <int Vectors, bool Partial, class E>
-PDN_INLINE void write(E* p, const vf (&v)[Vectors], int lanes, [[maybe_unused]] bool past_caches) {
-    if constexpr (Partial) {
-        store_partial(p, v[0], lanes);
-        return;
-    }
+using Tile = vf[kTile];
+
+template <class E>
+PDN_INLINE void write(E* p, const Tile& v, [[maybe_unused]] bool past_caches) {
     if constexpr (sizeof(E) == sizeof(float)) {
         if (past_caches && streams_to(p)) {
-            for (int i = 0; i < Vectors; ++i) store_past(p + i * kWidth, v[i]);
+            for (int i = 0; i < kTile; ++i) store_past(p + i * kWidth, v[i]);
             return;
         }
     }
-    for (int i = 0; i < Vectors; ++i) store(p + i * kWidth, v[i]);
+    for (int i = 0; i < kTile; ++i) store(p + i * kWidth, v[i]);
 }
 
 PDN_INLINE vf clamped(vf x, float bound) {  // keeps NaN
@@ -86,42 +79,31 @@ PDN_INLINE vf clamped(vf x, float bound) {  // keeps NaN
     return select(x < -bound, splat(-bound), x);
 }
 
-template <int Vectors>
-PDN_INLINE vf total(const vf (&v)[Vectors]) {
-    if constexpr (Vectors == 4) return (v[0] + v[1]) + (v[2] + v[3]);
-    if constexpr (Vectors == 2) return v[0] + v[1];
-    return v[0];
-}
+PDN_INLINE vf total(const Tile& v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
-template <int Vectors>
-PDN_INLINE vf product_sum(const vf (&a)[Vectors], const vf (&b)[Vectors]) {
+PDN_INLINE vf product_sum(const Tile& a, const Tile& b) {
     vf sum = a[0] * b[0];
-    for (int i = 1; i < Vectors; ++i) sum += a[i] * b[i];
+    for (int i = 1; i < kTile; ++i) sum += a[i] * b[i];
     return sum;
 }
 
 // NaN where one of them is not finite, else 0.
-template <int Vectors>
-PDN_INLINE vi not_finite(const vf (&v)[Vectors]) {
+PDN_INLINE vi not_finite(const Tile& v) {
     vf sum{};
-    for (int i = 0; i < Vectors; ++i) sum += v[i] * 0.f;
+    for (int i = 0; i < kTile; ++i) sum += v[i] * 0.f;
     return (vi)sum;
 }
 
-// Elements [at, at + Vectors * kWidth) of the chunk; Partial: the first `lanes` of one vector. `z` is generated noise.
-template <int Vectors, bool Partial, class T, class O>
-PDN_INLINE void tile(const Task<T, O>& t, int64_t at, [[maybe_unused]] int lanes, const float* z, Found& found) {
+// The kTile vectors from element `at` of the chunk on. `z` is generated noise.
+template <class T, class O>
+PDN_INLINE void tile(const Task<T, O>& t, int64_t at, const float* z, Found& found) {
     const float* c = t.row;
-    vf x[Vectors], y[Vectors], m[Vectors], next[Vectors], kept[Vectors];
+    Tile x, y, m, next, kept;
     const auto each = [](const auto& body) {
 #pragma GCC unroll 4
-        for (int i = 0; i < Vectors; ++i) body(i, i * kWidth);
+        for (int i = 0; i < kTile; ++i) body(i, i * kWidth);
     };
-    const auto cut = [&](vf& v) {
-        if constexpr (Partial)
-            for (int j = 0; j < kWidth; ++j) v[j] = j < lanes ? v[j] : 0.f;
-    };
-    const auto from = [&](const auto* p, int offset) { return read<Partial>(p + at + offset, lanes); };
+    const auto from = [&](const auto* p, int offset) { return load(p + at + offset); };
 
     each([&](int i, int) { x[i] = y[i] = m[i] = next[i] = kept[i] = vf{}; });
     if (t.sample) each([&](int i, int o) { x[i] = from(t.sample, o); });
@@ -133,18 +115,17 @@ PDN_INLINE void tile(const Task<T, O>& t, int64_t at, [[maybe_unused]] int lanes
         });
 
     if (t.converts) {
-        vf clean[Vectors];
+        Tile clean;
         each([&](int i, int) { clean[i] = vf{}; });
         if (c[kX0Sample] != 0.f) each([&](int i, int) { clean[i] = c[kX0Sample] * x[i]; });
         if (c[kX0Output] != 0.f) each([&](int i, int) { clean[i] += c[kX0Output] * y[i]; });
         if (t.bound < __builtin_inff()) each([&](int i, int) { clean[i] = clamped(clean[i], t.bound); });
         if (t.thresholds) each([&](int i, int) { clean[i] /= t.bound; });
         if (c[kMX0] != 0.f) each([&](int i, int) { m[i] = c[kMX0] * clean[i]; });
-        if (t.preview) write<Vectors, Partial>(t.preview + at, clean, lanes, t.past_caches);
+        if (t.preview) write(t.preview + at, clean, t.past_caches);
     }
     if (c[kMSample] != 0.f) each([&](int i, int) { m[i] += c[kMSample] * x[i]; });
     if (c[kMOutput] != 0.f) each([&](int i, int) { m[i] += c[kMOutput] * y[i]; });
-    each([&](int i, int) { cut(m[i]); });
 
     if (c[kSample] != 0.f) each([&](int i, int) { next[i] = c[kSample] * x[i]; });
     if (c[kBase] != 0.f && t.base) each([&](int i, int o) { next[i] += c[kBase] * from(t.base, o); });
@@ -152,7 +133,7 @@ PDN_INLINE void tile(const Task<T, O>& t, int64_t at, [[maybe_unused]] int lanes
     if (c[kM] != 0.f) each([&](int i, int) { next[i] += c[kM] * m[i]; });
     for (int k = 0; k < t.past_count; ++k) {
         const Past<T>& past = t.past[k];
-        vf h[Vectors];
+        Tile h;
         each([&](int i, int o) { h[i] = from(past.data, o); });
         if (past.on_out != 0.f) each([&](int i, int) { next[i] += past.on_out * h[i]; });
         if (past.on_kept != 0.f) each([&](int i, int) { kept[i] += past.on_kept * h[i]; });
@@ -168,7 +149,6 @@ PDN_INLINE void tile(const Task<T, O>& t, int64_t at, [[maybe_unused]] int lanes
             next[i] += c[kNoise] * noise;
         });
     }
-    each([&](int i, int) { cut(next[i]); });
     found.bad |= not_finite(next) | not_finite(m);
 
     if (t.statistics == Statistics::moments) {
@@ -182,21 +162,21 @@ PDN_INLINE void tile(const Task<T, O>& t, int64_t at, [[maybe_unused]] int lanes
         if (c[kKeptBase] != 0.f && t.base) each([&](int i, int o) { kept[i] += c[kKeptBase] * from(t.base, o); });
         if (c[kKeptM] != 0.f) each([&](int i, int) { kept[i] += c[kKeptM] * m[i]; });
         if (c[kKeptOut] != 0.f) each([&](int i, int) { kept[i] += c[kKeptOut] * next[i]; });
-        write<Vectors, Partial>(t.kept + at, kept, lanes, t.past_caches && t.kept != t.base);
+        write(t.kept + at, kept, t.past_caches && t.kept != t.base);
     }
-    if (t.slot) write<Vectors, Partial>(t.slot + at, m, lanes, t.past_caches);
-    write<Vectors, Partial>(t.out + at, next, lanes, t.past_caches && t.copies > 0 && t.out != t.sample);
+    if (t.slot) write(t.slot + at, m, t.past_caches);
+    write(t.out + at, next, t.past_caches && t.copies > 0 && t.out != t.sample);
     if (t.copies > 0) {
         each([&](int i, int) { next[i] *= c[kInputScale]; });
         for (int k = 0; k < t.copies; ++k) switch (t.input_dtype) {
                 case DType::float32:
-                    write<Vectors, Partial>(static_cast<float*>(t.input[k]) + at, next, lanes, false);
+                    write(static_cast<float*>(t.input[k]) + at, next, false);
                     break;
                 case DType::bfloat16:
-                    write<Vectors, Partial>(static_cast<bf16*>(t.input[k]) + at, next, lanes, false);
+                    write(static_cast<bf16*>(t.input[k]) + at, next, false);
                     break;
                 case DType::float16:
-                    write<Vectors, Partial>(static_cast<fp16*>(t.input[k]) + at, next, lanes, false);
+                    write(static_cast<fp16*>(t.input[k]) + at, next, false);
                     break;
             }
     }
@@ -248,30 +228,68 @@ PDN_INLINE Task<T, O> task_of(const Params& p, int64_t b, int64_t row, int64_t f
     return t;
 }
 
+// Whole tiles: elements [begin, end) of the chunk, `z` being the noise of `begin`.
+template <class T, class O>
+__attribute__((noinline)) void tiles(const Task<T, O>& t, int64_t begin, int64_t end, const float* z, Found& found) {
+    Found mine = found;
+    for (int64_t at = begin; at < end; at += kTile * kWidth) tile(t, at, z + (at - begin), mine);
+    found = mine;
+}
+
+// The `lanes` elements from `at` on, fewer than a tile, `z` being the noise of `at`: worked on in copies. What they are
+// filled up with is 0, and so is what comes of it.
+template <class T, class O>
+void rest(const Task<T, O>& t, int64_t at, int lanes, const float* z, Found& found) {
+    constexpr int kElements = kTile * kWidth;
+    alignas(64) T state[3 + kSlots][kElements], made[4][kElements];
+    alignas(64) O model[3][kElements];
+    alignas(64) float noise[kElements], input[kElements];
+    const auto count = static_cast<size_t>(lanes);
+    const auto copy_in = [&](auto*& from, auto* room, int64_t first) {
+        if (from == nullptr) return;
+        std::memset(static_cast<void*>(room), 0, kElements * sizeof *room);
+        std::memcpy(room, from + first, count * sizeof *room);
+        from = room;
+    };
+    Task<T, O> copy = t;
+    copy_in(copy.sample, state[0], at), copy_in(copy.base, state[1], at), copy_in(copy.noise, state[2], at);
+    copy_in(copy.output, model[0], at), copy_in(copy.unconditional, model[1], at), copy_in(copy.variance, model[2], at);
+    for (int k = 0; k < t.past_count; ++k) copy_in(copy.past[k].data, state[3 + k], at);
+    if (t.makes_noise) copy_in(z, noise, 0);
+    copy.out = made[0], copy.kept = made[1], copy.past_caches = false;
+    if (t.slot) copy.slot = made[2];
+    if (t.preview) copy.preview = made[3];
+    copy.copies = t.copies > 0, copy.input[0] = input;
+    tiles(copy, 0, kElements, z, found);
+
+    const auto copy_out = [&](T* to, const T* room) {
+        if (to) std::memcpy(to + at, room, count * sizeof *to);
+    };
+    if (t.keeps) copy_out(t.kept, made[1]);
+    copy_out(t.out, made[0]), copy_out(t.slot, made[2]), copy_out(t.preview, made[3]);
+    const size_t bytes = t.input_dtype == DType::float32 ? 4 : 2;
+    for (int k = 0; k < t.copies; ++k)
+        std::memcpy(static_cast<char*>(t.input[k]) + static_cast<size_t>(at) * bytes, input, count * bytes);
+}
+
 template <class T, class O>
 bool chunk_of(const Params& p, int64_t b, int64_t row, int64_t first, int64_t count, double* sums) {
     const Task<T, O> t = task_of<T, O>(p, b, row, first);
     Found found{};
-    alignas(64) float z[kNoiseBlock];
+    alignas(64) float z[kNoiseRun];
     NoiseRow noise{};
     if (t.makes_noise) noise = noise_row(p.keys[2 * b], p.keys[2 * b + 1], p.step);
     for (int64_t i = 0; i < count;) {
-        int64_t end = count, before = 0;  // of the block of noise: its columns before i
+        int64_t end = count, before = 0;  // of the run of noise: its columns before i
         if (t.makes_noise) {
             before = (first + i) % kNoiseBlock;
-            if (i + kNoiseBlock - before < end) end = i + kNoiseBlock - before;
-            normal_block(first + i - before, noise, z);
+            if (i + kNoiseRun - before < end) end = i + kNoiseRun - before;
+            normal_blocks(first + i - before, (before + end - i + kNoiseBlock - 1) / kNoiseBlock, noise, z);
         }
-        const float* here = z + before - i;
-        for (; i + kTile * kWidth <= end; i += kTile * kWidth) tile<kTile, false>(t, i, 0, here + i, found);
-        for (; i < end; i += kWidth) {
-            const int lanes = end - i < kWidth ? static_cast<int>(end - i) : kWidth;
-            alignas(64) float rest[kWidth];
-            if (t.makes_noise) std::memcpy(rest, here + i, static_cast<size_t>(lanes) * sizeof(float));
-            for (int j = t.makes_noise ? lanes : 0; j < kWidth; ++j) rest[j] = 0.f;
-            tile<1, true>(t, i, lanes, rest, found);
-        }
-        if (i > end) i = end;
+        const int64_t whole = i + (end - i) / (kTile * kWidth) * (kTile * kWidth);
+        tiles(t, i, whole, z + before, found);
+        if (whole < end) rest(t, whole, static_cast<int>(end - whole), z + before + whole - i, found);
+        i = end;
     }
     const int wanted = sum_count(p);
     for (int k = 0; k < wanted; ++k) {
