@@ -12,7 +12,7 @@ from pydenoise.benchmarks import sampler_loop, sampler_peers, sampler_tuned
 from pydenoise.benchmarks.cases import Case
 from pydenoise.benchmarks.convolution import Expected
 from pydenoise.benchmarks.providers import RESULT_BOUNDS, Contender, Provider, Setting, Skip, cpu_only, images
-from pydenoise.benchmarks.sampler_cases import LoopBench, NoiseBench, StepBench, is_random
+from pydenoise.benchmarks.sampler_cases import GUIDANCE, LoopBench, NoiseBench, StepBench, is_random
 
 NO_PART = "no part of this case"
 CHECKED = 5  # steps of a run whose result is compared: as many as the deepest history needs, and one more
@@ -26,7 +26,7 @@ BOUNDS = RESULT_BOUNDS | {"fp32": 5e-5}
 def _draw(case: StepBench, count: int, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[case.precision]
-    return [torch.randn(case.shape, generator=generator).to(dtype) for _ in range(count)]
+    return [torch.randn(case.output_shape, generator=generator).to(dtype) for _ in range(count)]
 
 
 def _start(case: StepBench) -> Tensor:
@@ -62,11 +62,13 @@ class _Lane:
         self._calls, self._output, self._start = plan.calls, output, start
         self.sample = start.clone()
         self._base = start.clone() if plan.uses_base else None
-        keys = _keys(case.shape[0]) if plan.needs_noise else None
+        self._batch = case.shape[0] if case.guided else None
         self._bound = PF.bind_sampler_step(
             PF.StepBuffers(
-                self.sample, plan.table.float(), self.sample, base=self._base, keys=keys, kept=self._base,
+                self.sample, _table(case).float(), self.sample, base=self._base, kept=self._base,
+                keys=_keys(case.shape[0]) if plan.needs_noise else None,
                 history=start.new_zeros(plan.slots, *case.shape) if plan.slots else None,
+                model_input=start.new_empty(case.output_shape) if case.guided else None,
             ),
             backend,
         )  # fmt: skip
@@ -74,11 +76,17 @@ class _Lane:
 
     def step(self) -> None:
         call = self._call
-        if not self._bound.run(self._output, None, call, call + 1):
+        if not self._run(self._output, call):
             raise RuntimeError(f"not finite after call {call}")
         self._call = call + 1
         if self._call == self._calls:
             self._begin()
+
+    def _run(self, output: Tensor, call: int) -> bool:
+        batch = self._batch
+        if batch is None:
+            return self._bound.run(output, None, call, call + 1)
+        return self._bound.run(output[batch:], output[:batch], call, call + 1)
 
     def _begin(self) -> None:
         self._call, self._runs = 0, self._runs + 1
@@ -90,8 +98,15 @@ class _Lane:
     def first_states(self, outputs: Sequence[Tensor]) -> Tensor:
         """The state after the first ``len(outputs)`` calls."""
         for call, output in enumerate(outputs):
-            self._bound.run(output, None, call, call + 1)
+            self._run(output, call)
         return self.sample
+
+
+def _table(case: StepBench) -> Tensor:
+    table = case.plan.table.clone()
+    if case.guided:
+        table[:, C.GUIDANCE] = GUIDANCE
+    return table
 
 
 def _keys(batch: int) -> Tensor:
@@ -258,10 +273,13 @@ def _states(case: StepBench, part: slice, drawn: Sequence[Tensor] | None) -> Ten
     history = x.new_zeros(plan.slots, *x.shape) if plan.slots else None
     base = x.clone() if plan.uses_base else None
     keys = _keys(case.shape[0])[part] if plan.needs_noise else None
+    table = _table(case)
     for call, output in enumerate(_draw(case, _checked(case), 2)):
+        *others, given = output.double().split(case.shape[0])
         z = None if drawn is None else drawn[call].double()
         PF.sampler_step(
-            x, output[part].double(), plan.table, call, base=base, history=history, noise=z,
-            seed=keys if z is None else None, step=call + 1, out=x, kept=base, backend="reference",
+            x, given[part], table, call, unconditional=others[0][part] if others else None, base=base,
+            history=history, noise=z, seed=keys if z is None else None, step=call + 1, out=x, kept=base,
+            backend="reference",
         )  # fmt: skip
     return x

@@ -32,6 +32,7 @@ OVERHEAD_SECONDS = 10e-6  # of the sampler, beside model and step, per call of t
 SMALL_SECONDS, OVER_DIFFUSERS = 20e-6, 4.0  # the smallest latent
 OVER_TUNED, OF_COPY = 3.0, 0.8  # pictures past the caches
 OVER_RANDN = 4.0
+GUIDANCE = 7.5
 
 
 @lru_cache
@@ -62,24 +63,32 @@ def streams(row: Tensor) -> tuple[int, int]:
 class StepBench(Case):
     """One step of a solver, the model's output at hand; the calls of a run one after the other.
 
-    ``precision``: dtype of the model's output; the samples are float32. ``cold``: sets of tensors take turns, so that a
-    step finds nothing of its own in the caches, as after a call of a model.
+    ``precision``: dtype of the model's output; the samples are float32. ``guided``: the model's output has a batch of
+    two, to be combined, and its next input has to be made of two copies. ``cold``: sets of tensors take turns, so that
+    a step finds nothing of its own in the caches, as after a call of a model.
     """
 
     solver: str = "DDIM"
     shape: tuple[int, ...] = LATENT
     precision: str = "fp32"
     cold: bool = False
+    guided: bool = field(default=False, kw_only=True)
     steps: int = field(default=STEPS, kw_only=True)
 
     @property
     def plan(self) -> Plan:
         return plan_of(self.solver, self.steps)
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Of what the model returns."""
+        return (self.shape[0] * (2 if self.guided else 1), *self.shape[1:])
+
     def moved_bytes(self) -> float:
         """Every tensor that a row reads or writes once, on average over the run's rows."""
-        counts = [streams(row) for row in self.plan.table]
-        sizes = [4 * state + ITEM_BYTES[self.precision] * outputs for state, outputs in counts]
+        counts, both = [streams(row) for row in self.plan.table], 2 if self.guided else 1
+        inputs = 8 if self.guided else 0  # two copies of x'
+        sizes = [4 * state + ITEM_BYTES[self.precision] * both * outputs + inputs for state, outputs in counts]
         return math.prod(self.shape) * sum(sizes) / len(sizes)
 
     def sets(self) -> int:
@@ -93,7 +102,11 @@ class StepBench(Case):
 
     def describe(self) -> dict:
         rest = {"cold": self.cold, "sets": self.sets(), "bytes": self.moved_bytes(), "steps": self.steps}
-        return super().describe() | {"input": list(self.shape), "dtype": self.precision, "solver": self.solver} | rest
+        return (
+            super().describe()
+            | {"input": list(self.shape), "dtype": self.precision, "solver": self.solver, "guided": self.guided}
+            | rest
+        )
 
 
 @dataclass(frozen=True)
@@ -173,6 +186,14 @@ def _steps() -> Iterator[Case]:
             yield StepBench(solver, f"step bf16 {_shape(shape)}", why, bars, solver, shape, "bf16", cold)
 
 
+def _guided() -> Iterator[Case]:
+    for solver in ("DDIM", "DPM++2M"):
+        for shape, cold, bars in ((LATENT, False, SMALL_BARS), (PICTURES, True, LARGE_BARS)):
+            why = "with classifier-free guidance, from the model's output to its next input"
+            group = f"step guided {_shape(shape)}"
+            yield StepBench(solver, group, why, bars, solver, shape, "fp32", cold, guided=True)
+
+
 def _noise() -> Iterator[Case]:
     bars = (Bar(("randn", "normal"), speedup=OVER_RANDN, subjects=("ours-noise",)),)
     for shape, cold in ((LATENT, False), (LATENTS, False), (PICTURE, True), (PICTURES, True)):
@@ -204,7 +225,7 @@ def sampler_cases(quick: bool = False) -> list[Case]:
     """Suite ``sampler``. ``quick`` gives a tiny case per kind, for a smoke test."""
     if quick:
         return list(_quick())
-    return [case for maker in (_steps, _noise, _overhead, _loops) for case in maker()]
+    return [case for maker in (_steps, _guided, _noise, _overhead, _loops) for case in maker()]
 
 
 def _quick() -> Iterator[Case]:
@@ -212,6 +233,7 @@ def _quick() -> Iterator[Case]:
     for solver in SOLVERS:
         yield StepBench(solver, "step", "smoke test", SMALL_BARS, solver, shape, steps=8)
     yield StepBench("DDIM", "step bf16", "smoke test", SMALL_BARS, "DDIM", shape, "bf16", steps=8)
+    yield StepBench("DPM++2M", "step guided", "smoke test", SMALL_BARS, "DPM++2M", shape, guided=True, steps=8)
     yield NoiseBench("2×2×8×8", "noise", "smoke test", (), shape)
     yield LoopBench("DDIM", "overhead", "smoke test", (), "DDIM", shape, bare=True, steps=3)
     for model, size in (("trivial", shape), ("digits", (1, 1, 8, 8)), ("diffusers", (1, 3, 8, 8))):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pydenoise.benchmarks.providers import require
-from pydenoise.benchmarks.sampler_cases import LoopBench, StepBench
+from pydenoise.benchmarks.sampler_cases import GUIDANCE, LoopBench, StepBench
 
 # Class and options of every solver of ``sampler_cases.SOLVERS``. Nothing is clipped: that is another pass over x0.
 SCHEDULERS: dict[str, tuple[str, dict]] = {
@@ -38,6 +38,12 @@ def start_scale(solver: str, scheduler) -> float:
     return float(scheduler.init_noise_sigma) if solver == "Euler" else 1.0
 
 
+def guided(output: Tensor) -> Tensor:
+    """Classifier-free guidance as in pipelines: the halves of the batch are unconditional and conditional."""
+    unconditional, conditional = output.chunk(2)
+    return unconditional + GUIDANCE * (conditional - unconditional)
+
+
 class SchedulerLane:
     """One run of a scheduler after the other, a step at a time, on a model output that stays the same."""
 
@@ -48,6 +54,7 @@ class SchedulerLane:
         self._start = start * start_scale(case.solver, self._scheduler)
         self._times = list(self._scheduler.timesteps)
         self._scales = case.solver == "Euler"
+        self._guided = case.guided
         self._x, self._call = self._start, 0
 
     def step(self) -> Tensor:
@@ -56,7 +63,10 @@ class SchedulerLane:
         t = self._times[call]
         if self._scales:
             self._scheduler.scale_model_input(self._x, t)
-        x = self._scheduler.step(self._output, t, self._x, return_dict=False, **self._arguments)[0]
+        output = guided(self._output) if self._guided else self._output
+        x = self._scheduler.step(output, t, self._x, return_dict=False, **self._arguments)[0]
+        if self._guided:
+            torch.cat([x] * 2)
         if call + 1 == len(self._times):
             self._scheduler.set_timesteps(self._steps)  # forgets the run's outputs
             self._call, self._x = 0, self._start
@@ -78,6 +88,7 @@ def first_states(case: StepBench, outputs: list[Tensor], start: Tensor, generato
     x = start * scale
     for call, output in enumerate(outputs):
         scheduler.scale_model_input(x, scheduler.timesteps[call])  # Euler's step wants to be told
+        output = guided(output) if case.guided else output
         x = scheduler.step(output, scheduler.timesteps[call], x, return_dict=False, **arguments)[0]
     if case.solver == "Euler":
         x = x / torch.sqrt(scheduler.sigmas[len(outputs)] ** 2 + 1)

@@ -64,6 +64,7 @@ def test_bytes_and_floors():
     numbers = math.prod(SHAPE)
     assert case.moved_bytes() == 12 * numbers and case.sets() == 1
     assert StepBench("", "", "", (), "DDIM", SHAPE, "bf16").moved_bytes() == 10 * numbers
+    assert StepBench("", "", "", (), "DDIM", SHAPE, guided=True).moved_bytes() == 24 * numbers
     assert case.floor_seconds(PEAKS, "fp32") == pytest.approx(12 * numbers / 80e9)
     cold = StepBench("", "", "", (), "DDIM", sampler_cases.PICTURES, cold=True)
     assert cold.floor_seconds(PEAKS, "fp32") == pytest.approx(12 * 8 * 3 * 256 * 256 / 10e9)
