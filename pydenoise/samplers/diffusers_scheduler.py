@@ -45,8 +45,18 @@ class SchedulerMethods:
         last = self.parts.settings.num_train_timesteps - 1
         self.timesteps = torch.arange(last, -1, -1)
         self._plan: Plan | None = None
+        self._prepared: tuple | None = None
         self._begin_index = self._step_index = None
         self._steppers: dict[tuple, Stepper] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy begins anew: what a run keeps stays with the original, and compiled steps cannot be copied.
+        running = ("_stepper", "_offset", "_generator", "_variant")
+        return {k: v for k, v in self.__dict__.items() if k not in running} | {"_steppers": {}, "_step_index": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._first_address = self.timesteps.data_ptr()
 
     # ------------------------------------------------------------------------------------------------- configuration
 
@@ -161,19 +171,26 @@ class SchedulerMethods:
             times = told = [float(t) for t in timesteps]
         else:
             times, told = parts.times(int(num_inference_steps), mu)
-        self._times, self.num_inference_steps = list(times), len(times)
-        self._steppers.clear()
-        self._plan = plan = parts.solver.plan(parts.schedule, self._times, self._conversion(False))
-        named = dict(zip(times, told, strict=True))
-        # In a step of several calls there are times between; those are told as they are.
-        told_calls = torch.tensor([named.get(t, t) for t in plan.times], dtype=torch.float64)
-        self._exact = told_calls.tolist() == list(plan.times)
-        whole = bool((told_calls == told_calls.round()).all()) and not flow
-        own = told_calls.to(torch.int64 if whole else torch.float32)
-        self._told = [float(t) for t in own.tolist()]
-        self.timesteps = own.to(device)
+        self._prepare(parts, list(times), list(told))
+        self.num_inference_steps = len(self._times)
+        self.timesteps = self._told_tensor.to(device)
         self._first_address = self.timesteps.data_ptr()
         self._begin_index = self._step_index = None
+
+    def _prepare(self, parts: FromDiffusers, times: list[float], told: list[float]) -> None:
+        """The plan of these times; kept, with the buffers of its runs, until there is another."""
+        if self._prepared == (parts, times, told):
+            return
+        self._prepared, self._times = (parts, times, told), times
+        self._steppers.clear()
+        self._plan = plan = parts.solver.plan(parts.schedule, times, self._conversion(False))
+        named = dict(zip(times, told, strict=True))
+        # In a step of several calls there are times between; those are told as they are.
+        calls = torch.tensor([named.get(t, t) for t in plan.times], dtype=torch.float64)
+        self._exact = calls.tolist() == list(plan.times)
+        whole = bool((calls == calls.round()).all()) and not parts.settings.use_flow_sigmas
+        self._told_tensor = calls.to(torch.int64 if whole else torch.float32)
+        self._told = [float(t) for t in self._told_tensor.tolist()]
 
     def _conversion(self, rederives: bool) -> Conversion:
         options = self.parts.options

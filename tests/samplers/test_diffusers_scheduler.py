@@ -1,5 +1,6 @@
 """Our solvers as schedulers of diffusers, in loops of our own and in its pipelines with tiny random networks."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -173,6 +174,30 @@ def test_the_index_follows_the_timesteps():
         ours.step(X, 17, X)
 
 
+def test_copies_begin_anew():
+    ours = DiffusersScheduler("UniPC")
+    expected = pipeline(ours, 5, X)
+    ours.step(X, ours.timesteps[0], X)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert again.step_index is None and again.timesteps.data_ptr() != ours.timesteps.data_ptr()
+        assert torch.equal(step_all(again, X), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("solver", [DDIM(eta=1.0), UniPC(3)], ids=repr)
+def test_no_step_waits_for_the_device(solver):
+    ours, x, seeds = DiffusersScheduler(solver), X.cuda(), torch.Generator("cuda")
+    ours.set_timesteps(6, device="cuda")
+    x = ours.step(x, ours.timesteps[0], x, generator=seeds).prev_sample  # compiles, allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for t in ours.timesteps[1:]:
+            x = ours.step(x, t, x, generator=seeds).prev_sample
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(x).all()
+
+
 @pytest.mark.parametrize("name", ["DPMSolverMultistep", "UniPCMultistep", "HeunDiscrete", "EulerDiscrete", "DDIM"])
 @pytest.mark.parametrize("said", [True, False])
 def test_beginning_in_the_middle(name, said):
@@ -264,6 +289,7 @@ def test_round_trip(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps(stored))
     for again in (DiffusersScheduler.from_pretrained(tmp_path), DiffusersScheduler.from_config(ours.config)):
         assert again.solver == ours.solver and again.parts == ours.parts
+    assert pdn.samplers.from_diffusers(ours) == pdn.samplers.from_diffusers(stored) == ours.parts
     assert pickle.loads(pickle.dumps(ours)).solver == ours.solver
     assert DiffusersScheduler.from_config(ours.config, solver=UniPC(1)).solver == UniPC(1)
 
