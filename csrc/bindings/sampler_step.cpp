@@ -18,6 +18,8 @@ using sampler_step::Statistics;
 
 using MaybeTensor = std::optional<Tensor>;
 
+constexpr char kNoReplay[] = "sampler_step belongs to a sampler's loop: a replay would repeat its noise";
+
 DType kernel_dtype(const char* name, ScalarType dtype) {
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, name,
                     ": cpu kernels of sampler_step take float32, bfloat16 and float16");
@@ -93,7 +95,7 @@ Tensor step(const Tensor& sample, const MaybeTensor& output, const MaybeTensor& 
             const Tensor& rows, const MaybeTensor& keys, const Tensor& number, bool learned_variance,
             int64_t statistics, const Tensor& out, const MaybeTensor& kept, const MaybeTensor& preview,
             const MaybeTensor& model_input, const MaybeTensor& faults) {
-    refuse_recording("sampler_step belongs to a sampler's loop: a replay would repeat its noise");
+    refuse_recording(kNoReplay);
     Params p{};
     const ScalarType dtype = sample.scalar_type();
     p.state = kernel_dtype("sample", dtype);
@@ -155,7 +157,10 @@ class Prepared {
 
     bool run(uintptr_t output, int64_t output_stride, uintptr_t unconditional, int64_t unconditional_stride, int model,
              int64_t row, uint64_t step) {
-        if (row < 0 || row >= p_.table_rows) throw py::value_error("row: outside the table");
+        refuse_recording(kNoReplay);
+        if (row < 0 || row >= p_.table_rows)
+            throw py::value_error("row: outside the table, " + std::to_string(row) + " of " +
+                                  std::to_string(p_.table_rows));
         p_.model = static_cast<DType>(model);
         p_.output = reinterpret_cast<const void*>(output), p_.output_stride = output_stride;
         p_.unconditional = reinterpret_cast<const void*>(unconditional), p_.unconditional_stride = unconditional_stride;
