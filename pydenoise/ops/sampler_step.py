@@ -367,17 +367,23 @@ class Launcher:
     def __call__(
         self, output: Tensor | None, unconditional: Tensor | None, rows: Tensor, step: Tensor, *,
         table: Tensor | None = None, noise: Tensor | None = None, threshold: Tensor | None = None,
-        statistics: str = "none",
+        statistics: str = "none", sample: Tensor | None = None, out: Tensor | None = None,
+        preview: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """The statistics, float64 [groups, count]; [0, 0] for "none"."""
+        """The statistics, float64 [groups, count]; [0, 0] for "none".
+
+        ``sample``, ``out`` and ``preview`` stand in for the buffers, and are contiguous tensors like them.
+        """
         b = self._buffers
+        sample, out = b.sample if sample is None else sample, b.out if out is None else out
+        preview = b.preview if preview is None else preview
         output = output_of("output", output, b.sample, b.learned_variance)
         unconditional = output_of("unconditional", unconditional, b.sample, b.learned_variance)
         flat = rows if rows.dim() == 1 else rows.expand(b.sample.shape[: rows.dim()]).reshape(-1)
         args = (
-            b.sample, output, unconditional, b.base, b.history, _like("noise", noise, b.sample), threshold,
+            sample, output, unconditional, b.base, b.history, _like("noise", noise, b.sample), threshold,
             b.table if table is None else table, flat, b.keys if noise is None else None, step,
-            b.learned_variance and output is not None, statistics, b.out, b.kept, b.preview, b.model_input,
+            b.learned_variance and output is not None, statistics, out, b.kept, preview, b.model_input,
             self._faults,
         )  # fmt: skip
         kind = (flat.shape[0], *(None if t is None else t.dtype for t in (output, unconditional)))

@@ -31,6 +31,12 @@ class OutputPool:
         self._kept.append((memory, weakref.ref(holder)))
         return torch.from_numpy(holder).view(like.dtype).view(like.shape)
 
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy of a contiguous tensor."""
+        if tensor.numel() * tensor.element_size() < SMALLEST or tensor.device.type != "cpu":
+            return tensor.clone()
+        return self.take(tensor).copy_(tensor)
+
     def _unused(self, size: int) -> np.ndarray:
         for place, (memory, holder) in enumerate(self._kept):
             if holder() is None and memory.nbytes == size:

@@ -60,6 +60,13 @@ class Stepper:
         several = control is not None or self._setting.quantile is not None  # launches a step, on the same buffers
         self._loop = loop = self._loop_for(sample, keys is not None, preview or several)
         loop.begin(sample, keys)
+        self._launch = PF.StepLauncher(
+            PF.StepBuffers(
+                loop.sample, loop.table, loop.sample, base=loop.base, history=loop.history, keys=loop.keys,
+                kept=loop.base, learned_variance=self.plan.learned_variance,
+            ),
+            loop.faults, self._setting.backend,
+        )  # fmt: skip
         small = sample.device.type == "cpu" and sample.numel() * sample.element_size() < STATIC_BELOW
         self._static, self._control = several or small, control or Control()
         self._plain = small and not several
@@ -108,16 +115,14 @@ class Stepper:
         else:
             self._control.apply(call, loop.launcher(call, output, None, None if noise is None else {call: noise}))
             finite = self._finite()
-        return loop.sample.clone(), loop.preview.clone() if preview else None, finite
+        return self._pool.copy(loop.sample), self._pool.copy(loop.preview) if preview else None, finite
 
     def _on_tensors(self, call: int, output: Tensor, sample: Tensor, noise: Tensor | None, preview: bool):
         loop, out = self._loop, self._pool.take(sample)
         x0 = self._pool.take(sample) if preview else None
-        PF.sampler_step(
-            sample, output, loop.table, loop.rows[call], base=loop.base, history=loop.history, noise=noise,
-            seed=loop.keys if noise is None else None, step=loop.steps[call],
-            learned_variance=self.plan.learned_variance, out=out, kept=loop.base, preview=x0, faults=loop.faults,
-            backend=self._setting.backend,
+        self._launch(
+            output, None, loop.rows[call], loop.steps[call], noise=noise, sample=sample.contiguous(), out=out,
+            preview=x0,
         )  # fmt: skip
         return out, x0, self._finite()
 
