@@ -14,7 +14,7 @@ PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
 namespace {
 
 // Elements below which waking another thread costs more than it saves.
-constexpr int64_t kRange = 32768, kRangeWithNoise = 8192;
+constexpr int64_t kRange = 32768, kRangeWithNoise = 16384;
 
 constexpr int64_t kLongStream = 4 << 20;  // bytes; a core's share of the last cache holds two or three of them
 
