@@ -15,7 +15,7 @@ from torch import Tensor
 from pydenoise import step_row as C
 from pydenoise.samplers._conditions import Conditions
 from pydenoise.samplers._noise import initial_noise
-from pydenoise.samplers._seeds import noise_keys
+from pydenoise.samplers._seeds import sample_keys
 from pydenoise.samplers.levels import Level
 from pydenoise.samplers.runtime import FLOATS, Sampler
 
@@ -169,7 +169,7 @@ class _Measure:
     def __init__(self, sampler: Sampler, x0: Tensor, conditioning, repeats: int, seed: int, max_batch: int | None):
         self._sampler, self._x0, self._repeats = sampler, x0.detach(), repeats
         self._conditions = Conditions(conditioning, None, x0, False)
-        self._keys = noise_keys(seed, None, x0.shape[0], 1, x0.device)[:, 0].contiguous()
+        self._keys = sample_keys(seed, None, x0.shape[0], x0.device)
         self._size = max_batch or x0.shape[0]
         self._whole = sampler.schedule.kind == "vp" and all(t == round(t) for t in sampler.plan.times)
         self._known: dict[float, float] = {}

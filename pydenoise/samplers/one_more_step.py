@@ -15,7 +15,7 @@ from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._conditions import Conditions
 from pydenoise.samplers._noise import initial_noise
-from pydenoise.samplers._seeds import Generator, Seed, noise_keys
+from pydenoise.samplers._seeds import Generator, Seed, sample_keys
 from pydenoise.samplers.levels import Level
 from pydenoise.samplers.plan import Conversion, row
 from pydenoise.samplers.runtime import FLOATS, Sampler, Trajectory
@@ -152,7 +152,7 @@ class OneMoreStep:
 
 
 def _keys(seed: Seed, generator: Generator, batch: int, device: torch.device) -> Tensor:
-    return noise_keys(seed, generator, batch, 1, device)[:, 0].contiguous()
+    return sample_keys(seed, generator, batch, device)
 
 
 def _check(x: object, noise: object, max_batch: int | None) -> None:

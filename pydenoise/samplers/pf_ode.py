@@ -16,7 +16,7 @@ from torch import Tensor
 from pydenoise.samplers._conditions import Conditions
 from pydenoise.samplers._noise import initial_noise
 from pydenoise.samplers._progress import Progress
-from pydenoise.samplers._seeds import Generator, Seed, noise_keys
+from pydenoise.samplers._seeds import Generator, Seed, sample_keys
 from pydenoise.samplers.levels import Level, NoiseSchedule
 from pydenoise.samplers.plan import Conversion
 from pydenoise.samplers.runtime import FLOATS
@@ -153,7 +153,7 @@ def _start(x, shape, dtype, device, generator, seed, schedule) -> Tensor:
     if x is None:
         if dtype not in FLOATS:
             raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
-        keys = noise_keys(seed, generator, int(shape[0]), 1, torch.device(device))[:, 0].contiguous()
+        keys = sample_keys(seed, generator, int(shape[0]), torch.device(device))
         return initial_noise(tuple(shape), keys, schedule.initial_scale, dtype, "auto")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
