@@ -157,7 +157,7 @@ class Loop:
 
     def _own_times(self, t: Tensor) -> Tensor:
         t = t.to(self.times.dtype)
-        return t if self.copies == 1 else t.repeat(self.copies)
+        return t if self.copies == 1 else torch.cat([t] * self.copies)
 
     def split(self, output: Tensor, call: int) -> tuple[Tensor, Tensor | None]:
         """(conditional, unconditional or None) halves of the model's output, checked."""
@@ -185,23 +185,24 @@ class Loop:
 
         given = (output, other)
 
-        def launch(rows=None, table=None, output=True, statistics="none") -> Tensor:
+        def launch(rows=None, table=None, output=True, statistics="none", noise=None, out=None) -> Tensor:
             rows = self.rows[call] if rows is None else rows
             if table is not None and output and self.setting.guidance is not None:
                 table = table.clone()
                 table[:, C.GUIDANCE] = self.setting.guidance[call]
             both = given if output else (None, None)
-            return self.launch(rows, self.steps[call], *both, table, z, statistics)
+            given_noise = z if noise is None else noise
+            return self.launch(rows, self.steps[call], *both, table, given_noise, statistics, out)
 
         return launch
 
-    def launch(self, rows, step, output, other, table=None, noise=None, statistics="none") -> Tensor | None:
+    def launch(self, rows, step, output, other, table=None, noise=None, statistics="none", out=None) -> Tensor | None:
         """One ``sampler_step`` on the buffers; nothing here waits for a device."""
         threshold = None
         if self._threshold is not None and output is not None:
             threshold = self._threshold(table, rows, step, output, other)
         return self._launch(
-            output, other, rows, step, table=table, noise=noise, threshold=threshold, statistics=statistics
+            output, other, rows, step, table=table, noise=noise, threshold=threshold, statistics=statistics, out=out
         )
 
 

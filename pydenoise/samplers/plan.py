@@ -233,14 +233,15 @@ class Control:
     statistics = "none"
 
     def time(self, call: int) -> Tensor | None:
-        """The times [B] that the model is told at ``call``, where they differ from the plan's."""
+        """The times that the model is told at ``call``, where they differ from the plan's: [B], or [B, frames]."""
         return None
 
     def apply(self, call: int, launch: Launch) -> None:
         """Take the model's output at ``call`` into the sample.
 
-        ``launch(rows=None, table=None, output=True, statistics="none") -> sums`` runs ``sampler_step`` once: row
-        ``call`` of the plan's table without arguments; ``output=False`` leaves the model's output out.
+        ``launch(rows=None, table=None, output=True, statistics="none", noise=None, out=None) -> sums`` runs
+        ``sampler_step`` once: row ``call`` of the plan's table without arguments; ``output=False`` leaves the model's
+        output out, ``noise`` is z, ``out`` receives x' in place of the sample.
         """
         launch()
 

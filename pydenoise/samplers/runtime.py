@@ -4,6 +4,7 @@ On a CPU a prepared step runs between the calls, without allocation. On CUDA a s
 a graph once and replayed for every call: which row, which time and which noise it reads is a number on the device.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ class Sampler:
         dynamic_threshold: quantile q in (0, 1): |x0| is limited to its q-quantile over each sample (at least 1, at most
             ``dynamic_max``) and divided by it (Saharia et al., 2022), instead of ``clip``.
         input_scale: what the model's input is multiplied by, for each ``Level``.
+        epsilon_scale: epsilon is divided by this number, or by one for each call of the model (epsilon scaling against
+            exposure bias; Ning et al., 2024). For prediction_type "epsilon" and solvers whose rows are fixed.
         observers: told of every call through ``begin_step(call, calls)`` before the model runs (sparse attention,
             networks whose width changes), and of a run's times through ``begin_run(times)``, if they have that.
         learned_variance: the model returns twice the channels, a prediction and a variance. ``None``: where the solver
@@ -99,6 +102,7 @@ class Sampler:
         dynamic_threshold: float | None = None,
         dynamic_max: float = 1.0,
         input_scale: Callable[[Level], float] | None = None,
+        epsilon_scale: float | Sequence[float] | None = None,
         observers: Sequence[object] = (),
         learned_variance: bool | None = None,
         model_dtype: torch.dtype | None = None,
@@ -110,16 +114,16 @@ class Sampler:
         self._options = {
             "prediction_type": prediction_type, "guidance_scale": guidance_scale, "time_table": time_table,
             "clip": clip, "clip_rederives": clip_rederives, "dynamic_threshold": dynamic_threshold,
-            "dynamic_max": dynamic_max, "input_scale": input_scale, "observers": observers,
-            "learned_variance": learned_variance, "model_dtype": model_dtype, "graph": graph,
-            "check_finite": check_finite, "backend": backend,
+            "dynamic_max": dynamic_max, "input_scale": input_scale,
+            "epsilon_scale": epsilon_scale, "observers": observers, "learned_variance": learned_variance,
+            "model_dtype": model_dtype, "graph": graph, "check_finite": check_finite, "backend": backend,
         }  # fmt: skip
         self.denoiser, self.schedule, self.solver = denoiser, schedule, solver
         self.conversion = Conversion(prediction_type, clip, clip_rederives, dynamic_threshold is not None)
         _check_dynamic(clip, dynamic_threshold, dynamic_max)
         self.timesteps = tuple(_times_of(solver, schedule, num_steps, timesteps))
         plan = solver.plan(schedule, self.timesteps, self.conversion)
-        self.plan = _with_input_scale(plan, input_scale)
+        self.plan = _with_input_scale(_with_epsilon_scale(plan, epsilon_scale, prediction_type, solver), input_scale)
         self.first_input_scale = 1.0 if input_scale is None else float(input_scale(plan.levels[0]))
         self.times = _time_table(time_table, self.plan)
         self.guidance = _guidance_of(guidance_scale, self.plan.calls)
@@ -143,13 +147,21 @@ class Sampler:
             raise TypeError(f"step: expected an int, got {type(step).__name__}")
         if not 0 <= step < len(self.timesteps):
             raise ValueError(f"step: expected a step from 0 to {len(self.timesteps) - 1}, got {step}")
-        options = dict(self._options)
-        for name in ("guidance_scale", "time_table"):
-            if isinstance(options[name], Sequence):
+        options = {}
+        for name in ("guidance_scale", "time_table", "epsilon_scale"):
+            if isinstance(self._options[name], Sequence):
                 if self.plan.calls != len(self.timesteps):
                     raise ValueError(f"{name}: one for each call does not say which belong to a step; give a new one")
-                options[name] = options[name][step:]
-        return Sampler(self.denoiser, self.schedule, self.solver, timesteps=self.timesteps[step:], **options)
+                options[name] = self._options[name][step:]
+        return self.replace(timesteps=self.timesteps[step:], **options)
+
+    def replace(self, **changes: object) -> "Sampler":
+        """A sampler with other arguments, by their names; those not named stay, with the same ``timesteps``."""
+        given = {"denoiser": self.denoiser, "schedule": self.schedule, "solver": self.solver, **self._options}
+        given |= changes
+        if "num_steps" not in changes:
+            given.setdefault("timesteps", self.timesteps)
+        return Sampler(**given)
 
     def sample(
         self,
@@ -334,6 +346,24 @@ def _guidance_of(scale, calls: int) -> tuple[float, ...] | None:
     if len(scales) != calls:
         raise ValueError(f"guidance_scale: expected a number, or one for each of {calls} calls, got {len(scales)}")
     return scales
+
+
+def _with_epsilon_scale(plan: Plan, scale, prediction_type: str, solver: Solver) -> Plan:
+    """Every column that multiplies the model's output, divided."""
+    if scale is None:
+        return plan
+    if prediction_type != "epsilon":
+        raise ValueError(f"epsilon_scale: expected a model of epsilon, got prediction_type={prediction_type!r}")
+    if type(solver).control is not Solver.control:
+        raise ValueError(f"epsilon_scale: the rows of {solver.name} depend on the data of each step")
+    scales = (scale,) * plan.calls if isinstance(scale, (int, float)) else tuple(scale)
+    if len(scales) != plan.calls:
+        raise ValueError(f"epsilon_scale: expected a number, or one for each of {plan.calls} calls, got {len(scales)}")
+    if not all(0 < s < math.inf for s in scales):
+        raise ValueError(f"epsilon_scale: expected finite numbers above 0, got {scales[:8]}")
+    table = plan.table.clone()
+    table[:, [C.X0_OUTPUT, C.M_OUTPUT, C.OUTPUT]] /= torch.tensor(scales, dtype=torch.float64)[:, None]
+    return Plan(plan.times, plan.levels, table, plan.ends, plan.initial_scale)
 
 
 def _learned(asked: bool | None, plan: Plan) -> bool:
