@@ -263,6 +263,11 @@ class Solver:
 
     name = "solver"
 
+    @property
+    def fixed_rows(self) -> bool:
+        """Whether every call of the model is followed by its row of the plan, whatever the data."""
+        return type(self).control is Solver.control
+
     def timesteps(self, schedule: NoiseSchedule, num_steps: int) -> list[float]:
         """The times of ``num_steps`` steps, descending."""
         raise NotImplementedError

@@ -354,7 +354,7 @@ def _with_epsilon_scale(plan: Plan, scale, prediction_type: str, solver: Solver)
         return plan
     if prediction_type != "epsilon":
         raise ValueError(f"epsilon_scale: expected a model of epsilon, got prediction_type={prediction_type!r}")
-    if type(solver).control is not Solver.control:
+    if not solver.fixed_rows:
         raise ValueError(f"epsilon_scale: the rows of {solver.name} depend on the data of each step")
     scales = (scale,) * plan.calls if isinstance(scale, (int, float)) else tuple(scale)
     if len(scales) != plan.calls:
