@@ -9,7 +9,8 @@ from torch import Tensor
 from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._graph import Graphs
-from pydenoise.samplers.plan import Control, Plan
+from pydenoise.samplers._row_gradient import CallState
+from pydenoise.samplers.plan import Control, Plan, Run
 
 NO_FAULT = 2**31 - 1
 
@@ -28,6 +29,26 @@ class Setting:
     kind: str
     check_finite: bool
     learned_variance: bool  # the model's output has twice the channels
+    backend: str
+
+
+@dataclass(frozen=True)
+class State:
+    """What an observer that ``changes_sample`` is given for a run: the buffers, which it may write to before and while
+    the model runs, and what is done with them.
+
+    Args:
+        sample: x [B, ...], the state itself; the model's input may be another buffer.
+        keys: int64 [B, 2], of noise.
+        table: the rows with guidance, on the sample's device.
+        input_scales: what x is multiplied by to be the model's input, for each call.
+    """
+
+    run: Run
+    sample: Tensor
+    keys: Tensor
+    table: Tensor
+    input_scales: tuple[float, ...]
     backend: str
 
 
@@ -96,10 +117,39 @@ class Loop:
             self.history.zero_()
         if self.keys is not None:
             self.keys.copy_(keys)
+        self._fill_input(x, 0)
+        self.faults.fill_(NO_FAULT)
+
+    def _fill_input(self, x: Tensor, call: int) -> None:
         if self.model_input is not None:
             parts = self.model_input.view(self.copies, *x.shape)
-            parts.copy_((x * self.setting.first_input_scale).expand(parts.shape))
-        self.faults.fill_(NO_FAULT)
+            parts.copy_((x * self.input_scale(call)).expand(parts.shape))
+
+    def input_scale(self, call: int) -> float:
+        """What the sample is multiplied by to be the model's input at ``call``."""
+        return float(self.setting.plan.table[call - 1, C.INPUT_SCALE]) if call else self.setting.first_input_scale
+
+    def time_of(self, call: int) -> Tensor:
+        """The times that the model is told at ``call``."""
+        return self._time_rows[call]
+
+    def snapshot(self) -> CallState:
+        """A copy of what the next call begins with."""
+        return CallState(self.sample, self.base, self.history).map(Tensor.clone)
+
+    def restore(self, state: CallState, call: int, keys: Tensor | None) -> None:
+        """Everything as ``snapshot`` found it before ``call``."""
+        self.begin(state.sample, keys)
+        self._fill_input(state.sample, call)
+        for own, kept in ((self.base, state.base), (self.history, state.history)):
+            if own is not None:
+                own.copy_(kept)
+
+    def state(self, run: Run) -> State:
+        """What an observer that ``changes_sample`` is given."""
+        setting = self.setting
+        scales = (setting.first_input_scale, *setting.plan.table[:-1, C.INPUT_SCALE].tolist())
+        return State(run, self.sample, self.keys, self.table, scales, setting.backend)
 
     def graph_of(self, wanted: bool | None, observers: Sequence, control: Control | None, noise) -> bool:
         """Whether the calls run as a captured graph; raises where that is asked for and cannot be."""
@@ -110,6 +160,8 @@ class Loop:
             reason = "this solver's coefficients depend on the data of each step"
         elif noise is not None:
             reason = "noise is given from outside"
+        elif any(getattr(observer, "changes_sample", False) for observer in observers):
+            reason = "an observer changes the sample"
         elif not all(hasattr(observer, "graph_key") for observer in observers):
             reason = "an observer has no graph_key"
         if wanted and reason is not None:
@@ -125,12 +177,13 @@ class Loop:
         observers: Sequence,
         after: Callable[[int], None],
         graphed: bool,
+        part: range | None = None,
     ) -> None:
-        """Every call; ``after`` is called with its number."""
+        """Every call, or those of ``part``; ``after`` is called with its number."""
         calls = self.setting.plan.calls
         step = self._graphs.step(denoiser, conditions, observers) if graphed else None
         plain = type(control) is Control and noise is None and self.bound is not None
-        for call in range(calls):
+        for call in range(calls) if part is None else part:
             for observer in observers:
                 observer.begin_step(call, calls)
             if step is not None:

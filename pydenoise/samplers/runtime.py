@@ -74,7 +74,8 @@ class Sampler:
         epsilon_scale: epsilon is divided by this number, or by one for each call of the model (epsilon scaling against
             exposure bias; Ning et al., 2024). For prediction_type "epsilon" and solvers whose rows are fixed.
         observers: told of every call through ``begin_step(call, calls)`` before the model runs (sparse attention,
-            networks whose width changes), and of a run's times through ``begin_run(times)``, if they have that.
+            networks whose width changes), and of a run's times through ``begin_run(times)``, if they have that. One
+            whose ``changes_sample`` is true is given the buffers through ``begin_state`` (``ShiftedWindows``).
         learned_variance: the model returns twice the channels, a prediction and a variance. ``None``: where the solver
             uses the variance (``DDPM("learned_range")``); ``True`` for another solver on such a model.
         model_dtype: of the model's input; ``None``: the sample's.
@@ -234,7 +235,7 @@ class Sampler:
             if dtype not in FLOATS:
                 raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         _check_generator(generator, device)
-        needs = self.plan.needs_noise or x is None
+        needs = self.plan.needs_noise or x is None or bool(self._changing())
         keys = sample_keys(seed, generator, batch, device) if needs else None
         if x is None:
             x = initial_noise(tuple(shape), keys, self.plan.initial_scale, dtype, self._setting.backend)
@@ -263,11 +264,16 @@ class Sampler:
 
         with torch.inference_mode():
             loop.begin(x, keys)
+            for observer in self._changing():
+                observer.begin_state(loop.state(run))
             graphed = loop.graph_of(self._graph, self.observers, control, noise)
             loop.run(self.denoiser, conditions, noise, control or Control(), self.observers, after, graphed)
         # Buffers made under inference mode stay inside; what leaves is an ordinary tensor.
         result = loop.sample.clone()
         return Trajectory(result, torch.stack([_ordinary(s) for s in states]), tuple(times)) if trajectory else result
+
+    def _changing(self) -> list:
+        return [observer for observer in self.observers if getattr(observer, "changes_sample", False)]
 
     def _loop(self, x: Tensor, noisy: bool, preview: bool) -> Loop:
         """The buffers for tensors like ``x``; those of the last few shapes are kept."""
