@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pydenoise import step_row as C
 from pydenoise.samplers._conditions import Conditions
+from pydenoise.samplers._gradients import way_of
 from pydenoise.samplers._loop import Loop, Setting
 from pydenoise.samplers._noise import Noise, initial_noise
 from pydenoise.samplers._progress import Progress
@@ -181,6 +182,8 @@ class Sampler:
         preview: bool = False,
         return_trajectory: bool = False,
         max_batch: int | None = None,
+        differentiable: str | None = None,
+        checkpoints: int | None = None,
     ) -> Tensor | Trajectory:
         """From noise to a sample.
 
@@ -196,11 +199,20 @@ class Sampler:
             preview: ``StepInfo.x0`` is wanted.
             return_trajectory: a ``Trajectory`` instead of the sample.
             max_batch: larger batches are run in pieces of this size, with the same result.
+            differentiable: how the sample has gradients, with memory that does not grow with the number of steps.
+                "checkpoint": exact ones with respect to x, conditioning, given noise and the denoiser's parameters, by
+                repeating its calls from a few stored states; for solvers whose rows are fixed. "adjoint": those of the
+                probability-flow ODE that the solver approximates, with respect to x, conditioning and parameters; for
+                solvers without noise and enough steps. The denoiser must return the same when it is called again.
+            checkpoints: with "checkpoint", how many states are stored at a time, 16 if not given; with fewer, calls are
+                repeated more often.
 
         Raises:
             TypeError, ValueError: a bad argument, or a bad result of the denoiser; the message names it and the call.
         """
+        way = way_of(self, differentiable, checkpoints, return_trajectory)
         x, keys = self._start(x, shape, dtype, device, generator, seed)
+        x = x.detach() if way is None else x
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch: expected a positive number, got {max_batch}")
         conditions = Conditions(conditioning, unconditional, x, self.guidance is not None)
@@ -213,7 +225,7 @@ class Sampler:
                 part = slice(begin, begin + size)
                 results.append(
                     self._run(x[part], None if keys is None else keys[part], conditions.part(part), given.part(part),
-                              line, callback, preview, return_trajectory)
+                              line, callback, preview, return_trajectory, way)
                 )  # fmt: skip
         if not return_trajectory:
             return results[0] if len(results) == 1 else torch.cat(results)
@@ -239,16 +251,18 @@ class Sampler:
         keys = sample_keys(seed, generator, batch, device) if needs else None
         if x is None:
             x = initial_noise(tuple(shape), keys, self.plan.initial_scale, dtype, self._setting.backend)
-        return x.detach(), keys
+        return x, keys
 
-    def _run(self, x, keys, conditions, noise, line, callback, preview, trajectory):
+    def _run(self, x, keys, conditions, noise, line, callback, preview, trajectory, way):
         run = Run(self.plan, self.schedule, self.conversion, x.shape,
                   torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)  # fmt: skip
         control = self.solver.control(run)
         for observer in self.observers:
             if hasattr(observer, "begin_run"):
                 observer.begin_run(self.times)
-        loop = self._loop(x, keys is not None, preview)
+        if way is not None and not self.plan.needs_noise:
+            keys = None  # they made the start
+        loop = self._loop(x, keys is not None, preview, way is not None)
         states = [x.clone()] if trajectory else []
         times = []
 
@@ -262,6 +276,8 @@ class Sampler:
             if self.plan.ends[call]:
                 times.append(self.times[call])
 
+        if way is not None:
+            return way.run(self, loop, x, keys, conditions, noise, after)
         with torch.inference_mode():
             loop.begin(x, keys)
             for observer in self._changing():
@@ -275,14 +291,15 @@ class Sampler:
     def _changing(self) -> list:
         return [observer for observer in self.observers if getattr(observer, "changes_sample", False)]
 
-    def _loop(self, x: Tensor, noisy: bool, preview: bool) -> Loop:
+    def _loop(self, x: Tensor, noisy: bool, preview: bool, differentiable: bool = False) -> Loop:
         """The buffers for tensors like ``x``; those of the last few shapes are kept."""
-        key = (x.shape, x.dtype, x.device, noisy, preview, torch.get_num_threads())
+        key = (x.shape, x.dtype, x.device, noisy, preview, differentiable, torch.get_num_threads())
         loop = self._loops.pop(key, None)
         if loop is None:
             while len(self._loops) >= 4:
                 self._loops.pop(next(iter(self._loops)))
-            with torch.inference_mode():
+            # A graph of autograd keeps no tensors made under inference mode.
+            with torch.inference_mode(not differentiable), torch.no_grad():
                 loop = Loop(self._setting, x, noisy, preview)
         self._loops[key] = loop
         return loop
