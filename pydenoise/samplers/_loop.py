@@ -9,6 +9,7 @@ from torch import Tensor
 from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._graph import Graphs
+from pydenoise.samplers._noise import START_CALL, degraded_start
 from pydenoise.samplers._row_gradient import CallState
 from pydenoise.samplers.plan import Control, Plan, Run
 
@@ -72,7 +73,7 @@ class Loop:
         self.model_input = self._model_input(x)
         self.input = self.sample if self.model_input is None else self.model_input
         self._output_shape = self.input.shape
-        if setting.learned_variance and x.dim() > 1:
+        if (setting.learned_variance or plan.predictions == 2) and x.dim() > 1:
             batch, channels, *rest = self.input.shape
             self._output_shape = torch.Size((batch, 2 * channels, *rest))
         self.times = self._times(x)
@@ -98,7 +99,7 @@ class Loop:
     def _times(self, x: Tensor) -> Tensor:
         """[calls, batch of the model]; whole numbers of a discrete schedule as int64."""
         times = torch.tensor(self.setting.times, dtype=torch.float64)
-        whole = self.setting.kind == "vp" and bool((times == times.round()).all())
+        whole = self.setting.kind in ("vp", "residual") and bool((times == times.round()).all())
         dtype = torch.int64 if whole else torch.float64 if x.dtype == torch.float64 else torch.float32
         return times.to(dtype).to(x.device)[:, None].expand(-1, self.copies * x.shape[0]).contiguous()
 
@@ -108,8 +109,8 @@ class Loop:
             preview=self.preview, model_input=self.model_input, learned_variance=self.setting.plan.learned_variance,
         )  # fmt: skip
 
-    def begin(self, x: Tensor, keys: Tensor | None) -> None:
-        """Everything as before the first call."""
+    def begin(self, x: Tensor, keys: Tensor | None, noise: Mapping[int, Tensor] | None = None) -> None:
+        """Everything as before the first call; a restoration's start from the degraded ``x``."""
         self.sample.copy_(x)
         if self.base is not None:
             self.base.copy_(x)
@@ -117,7 +118,11 @@ class Loop:
             self.history.zero_()
         if self.keys is not None:
             self.keys.copy_(keys)
-        self._fill_input(x, 0)
+        start = self.setting.plan.start
+        if start is not None:
+            given = None if noise is None else noise[START_CALL]
+            degraded_start(self.base, start, self.keys, given, self.sample, self.setting.backend)
+        self._fill_input(self.sample, 0)
         self.faults.fill_(NO_FAULT)
 
     def _fill_input(self, x: Tensor, call: int) -> None:
@@ -228,6 +233,9 @@ class Loop:
             raise TypeError(f"denoiser: float64 at call {call} for a sample of {self.sample.dtype}")
         if self.setting.learned_variance and not self.setting.plan.learned_variance:
             output = output[:, : self.input.shape[1]]
+        if self.setting.plan.predictions == 2:
+            first, second = output.chunk(2, 1)
+            return first, second
         if self.copies == 1:
             return output, None
         batch = self.sample.shape[0]

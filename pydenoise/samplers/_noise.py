@@ -10,6 +10,7 @@ from pydenoise import step_row as C
 from pydenoise.samplers.plan import Plan
 
 START = 0  # the number of the starting noise; call i has number i + 1
+START_CALL = START - 1
 
 
 def initial_noise(
@@ -22,17 +23,34 @@ def initial_noise(
     return PF.sampler_step(x, None, table, seed=keys, step=number, out=x, backend=backend)
 
 
+def degraded_start(
+    y: Tensor, start: tuple[float, float], keys: Tensor | None, noise: Tensor | None, out: Tensor, backend: str
+) -> None:
+    """``out`` = start[0] y + start[1] z: where a restoration begins; z is made by ``keys`` or given."""
+    exact = torch.float64 if y.dtype == torch.float64 else torch.float32
+    table = torch.zeros(1, C.WIDTH, dtype=exact, device=y.device)
+    table[:, C.SAMPLE], table[:, C.NOISE], table[:, C.SLOT] = *start, -1
+    noise = None if noise is None else noise.to(y)
+    PF.sampler_step(
+        y, None, table, seed=None if noise is not None else keys, noise=noise, step=START, out=out, backend=backend
+    )
+
+
 class Noise:
-    """Noise from outside: one tensor for every call that adds noise. Nothing, if none is given."""
+    """Noise from outside: one tensor for every call that adds noise. Nothing, if none is given.
+
+    A restoration has one more, in front, for where it begins.
+    """
 
     def __init__(self, given: Sequence[Tensor] | Tensor | None, plan: Plan, x: Tensor):
-        self._calls = plan.noisy_calls
+        self._calls = plan.noisy_calls if plan.start is None else (START_CALL, *plan.noisy_calls)
         self._given = None if given is None else list(given)
         if self._given is None:
             return
         if len(self._given) != len(self._calls):
             raise ValueError(
-                f"noise: expected one tensor for each of {len(self._calls)} calls with noise, got {len(self._given)}"
+                f"noise: expected one tensor for each of {len(self._calls)} calls with noise"
+                f"{'' if plan.start is None else ' (the start is one)'}, got {len(self._given)}"
             )
         for number, z in enumerate(self._given):
             if not isinstance(z, Tensor) or z.shape != x.shape:

@@ -29,6 +29,11 @@ class Stepper:
         most: float = 1.0,
         backend: str = "auto",
     ):
+        if plan.start is not None or plan.predictions != 1:
+            raise ValueError(
+                f"solver: {solver.name} begins at a degraded sample or has a model with two predictions, which "
+                "pipelines of diffusers do not know; use pydenoise.samplers.Sampler"
+            )
         self.plan, self.schedule, self.solver, self.conversion = plan, schedule, solver, conversion
         self._setting = Setting(
             plan=plan, times=plan.times, guidance=None, first_input_scale=1.0, quantile=quantile, most=most,

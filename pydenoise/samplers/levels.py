@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KINDS = ("vp", "ve", "flow")
+KINDS = ("vp", "ve", "flow", "residual")
 
 
 class Level(NamedTuple):
@@ -35,6 +35,10 @@ class Level(NamedTuple):
         """The level of a ``kind`` of schedule that has this lambda; neither number loses digits at either end."""
         if kind not in KINDS:
             raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+        if kind == "residual":
+            raise ValueError(
+                "kind: a 'residual' schedule has a table of levels, log(alpha / sigma) alone does not say one"
+            )
         if kind == "ve":
             return cls(1.0, math.exp(-log_snr))
         if kind == "flow":
@@ -51,10 +55,11 @@ class NoiseSchedule:
     """The noise levels a model was trained on, in float64. Made by the class methods.
 
     ``kind`` says what a time is: in "vp" (alpha^2 + sigma^2 = 1) a timestep from 0 to num_timesteps - 1, which need not
-    be whole; in "ve" (alpha = 1) sigma itself; in "flow" (alpha = 1 - sigma) sigma times num_timesteps.
+    be whole; in "ve" (alpha = 1) sigma itself; in "flow" (alpha = 1 - sigma) sigma times num_timesteps. Levels of
+    kind "residual" restore a degraded sample y, x - y = alpha (x0 - y) + sigma epsilon; a time is a whole timestep.
 
     Args:
-        kind: "vp", "ve" or "flow".
+        kind: "vp", "ve", "flow" or "residual".
         alphas, sigmas: x = alpha x0 + sigma noise; float64 [num_timesteps] on the CPU, the least noise first.
     """
 
@@ -187,7 +192,7 @@ class NoiseSchedule:
     @property
     def times(self) -> Tensor:
         """The times of the levels, rising, float64 [num_timesteps]."""
-        if self.kind == "vp":
+        if self.kind in ("vp", "residual"):
             return torch.arange(self.num_timesteps, dtype=torch.float64)
         return self.sigmas.clone() if self.kind == "ve" else self.sigmas * self.num_timesteps
 
@@ -204,7 +209,7 @@ class NoiseSchedule:
     @property
     def initial_scale(self) -> float:
         """Standard deviation of the noise that sampling starts from."""
-        return self.last.sigma if self.kind == "ve" else 1.0
+        return self.last.sigma if self.kind in ("ve", "residual") else 1.0
 
     def level(self, t: float) -> Level:
         """The level at time ``t``. Between two timesteps of a "vp" schedule log(alpha / sigma) is linear.
@@ -221,6 +226,8 @@ class NoiseSchedule:
         part = t - low
         if part == 0:
             return self._levels[low]
+        if self.kind == "residual":
+            raise ValueError(f"t: expected a whole timestep of a 'residual' schedule, got {t}")
         below, above = -self._noise[low], -self._noise[low + 1]
         if math.isfinite(below) and math.isfinite(above):
             return Level.of_log_snr(below + part * (above - below))
@@ -239,6 +246,8 @@ class NoiseSchedule:
         noise = -float(log_snr)
         if math.isnan(noise):
             raise ValueError("log_snr: expected a number, got nan")
+        if self.kind == "residual":
+            raise ValueError("log_snr: a 'residual' schedule has whole timesteps, none between them")
         if self.kind == "ve":
             return math.exp(noise)
         if self.kind == "flow":
@@ -261,7 +270,7 @@ class NoiseSchedule:
     def index_of(self, t: float) -> int:
         """The last of the schedule's levels whose time is at most ``t``; 0 before the first."""
         t = self._time(t)
-        return int(t) if self.kind == "vp" else max(bisect_right(self.times.tolist(), t) - 1, 0)
+        return int(t) if self.kind in ("vp", "residual") else max(bisect_right(self.times.tolist(), t) - 1, 0)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
         """alpha x0 + sigma noise at time ``t``: a number, or one for each sample [B]. In x0's dtype."""
@@ -281,7 +290,8 @@ class NoiseSchedule:
             raise ValueError(f"{name}: only a schedule of kind 'vp' has it, this one is {self.kind!r}")
 
     def _time(self, t: float) -> float:
-        most = {"vp": self.num_timesteps - 1, "ve": math.inf, "flow": self.num_timesteps}[self.kind]
+        last = self.num_timesteps - 1
+        most = {"vp": last, "residual": last, "ve": math.inf, "flow": self.num_timesteps}[self.kind]
         if isinstance(t, bool) or not isinstance(t, (int, float)):
             t = _number("t", t)
         if not 0 <= t <= most or math.isinf(t):

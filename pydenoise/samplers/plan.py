@@ -155,6 +155,10 @@ class Plan:
         table: float64 [calls, 32].
         ends: whether a call completes a step of the solver, so that x' is a state of the trajectory.
         initial_scale: standard deviation of the starting noise.
+        start: a restoration: what ``Sampler.sample`` is given is a degraded sample y, which ``base`` keeps, and the run
+            begins at (on y, on noise). Without a sample y is 0.
+        working_slots: slots of the history that a control needs, at least.
+        predictions: 2: the model returns [B, 2 C, ...], and a row's y is second + GUIDANCE (first - second).
     """
 
     times: tuple[float, ...]
@@ -162,6 +166,9 @@ class Plan:
     table: Tensor
     ends: tuple[bool, ...]
     initial_scale: float = 1.0
+    start: tuple[float, float] | None = None
+    working_slots: int = 0
+    predictions: int = 1
 
     @classmethod
     def of(
@@ -172,6 +179,9 @@ class Plan:
         *,
         ends: Sequence[bool] | None = None,
         initial_scale: float = 1.0,
+        start: tuple[float, float] | None = None,
+        working_slots: int = 0,
+        predictions: int = 1,
     ) -> "Plan":
         """From lists; every call ends a step if ``ends`` is not given."""
         table = torch.tensor(list(rows), dtype=torch.float64).reshape(len(times), C.WIDTH)
@@ -181,7 +191,10 @@ class Plan:
             bad = int((~finite.isfinite()).any(1).nonzero()[0])
             raise ValueError(f"timesteps: no finite coefficients for call {bad} (time {times[bad]})")
         whole = (True,) * len(times) if ends is None else tuple(map(bool, ends))
-        return cls(tuple(map(float, times)), tuple(levels), table, whole, float(initial_scale))
+        return cls(
+            tuple(map(float, times)), tuple(levels), table, whole, float(initial_scale), start, working_slots,
+            predictions,
+        )  # fmt: skip
 
     def __post_init__(self):
         if not len(self.times) == len(self.levels) == len(self.table) == len(self.ends):
@@ -200,13 +213,13 @@ class Plan:
         used = self.table[:, [*range(C.HISTORY, C.HISTORY + C.SLOTS)]] != 0
         kept = self.table[:, [*range(C.KEPT_HISTORY, C.KEPT_HISTORY + C.SLOTS)]] != 0
         read = [j + 1 for j in range(C.SLOTS) if bool(used[:, j].any() or kept[:, j].any())]
-        return max([0, *read, int(self.table[:, C.SLOT].max()) + 1])
+        return max([self.working_slots, *read, int(self.table[:, C.SLOT].max()) + 1])
 
     @cached_property
     def uses_base(self) -> bool:
-        """Whether a row reads or writes the saved sample."""
+        """Whether a row reads or writes the saved sample, or a restoration keeps its degraded one there."""
         kept = [C.KEPT_SAMPLE, C.KEPT_BASE, C.KEPT_M, C.KEPT_OUT, *range(C.KEPT_HISTORY, C.KEPT_HISTORY + C.SLOTS)]
-        return bool((self.table[:, [C.BASE, *kept]] != 0).any())
+        return self.start is not None or bool((self.table[:, [C.BASE, *kept]] != 0).any())
 
     @cached_property
     def learned_variance(self) -> bool:
@@ -256,6 +269,7 @@ class Run:
     shape: torch.Size
     dtype: torch.dtype  # of coefficients
     device: torch.device
+    preview: bool = False  # whether the predicted clean sample is wanted
 
 
 class Solver:

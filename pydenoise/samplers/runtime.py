@@ -6,7 +6,7 @@ a graph once and replayed for every call: which row, which time and which noise 
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -129,6 +129,9 @@ class Sampler:
         self.first_input_scale = 1.0 if input_scale is None else float(input_scale(plan.levels[0]))
         self.times = _time_table(time_table, self.plan)
         self.guidance = _guidance_of(guidance_scale, self.plan.calls)
+        if plan.predictions == 2 and (guidance_scale is not None or learned_variance):
+            name = "learned_variance" if learned_variance else "guidance_scale"
+            raise ValueError(f"{name}: the model of {solver.name} returns two predictions at once, got {name} as well")
         self._setting = Setting(
             self.plan, self.times, self.guidance, self.first_input_scale, dynamic_threshold, dynamic_max, model_dtype,
             schedule.kind, check_finite, _learned(learned_variance, plan), backend,
@@ -188,12 +191,14 @@ class Sampler:
         """From noise to a sample.
 
         Args:
-            x: where to start, [B, ...]; it is not changed. ``None``: noise of ``shape``, ``dtype``, on ``device``.
+            x: where to start, [B, ...]; it is not changed. ``None``: noise of ``shape``, ``dtype``, on ``device``. For
+                a solver that restores (RDDM, Resfusion): the degraded sample.
             conditioning: keyword arguments of the denoiser. Tensors have the batch's size or one row.
             unconditional: what replaces them in the unconditional half of guidance; same names.
             generator: a torch.Generator, or one for each sample; ``seed``: an int, or one for each sample, instead.
                 With one for each sample, a sample does not depend on what it is batched with.
-            noise: the z of every call that adds noise, in order, each [B, ...], instead of generated ones.
+            noise: the z of every call that adds noise, in order, each [B, ...], instead of generated ones; of a solver
+                that restores, the start's first.
             progress: a line on stderr.
             callback: called with a ``StepInfo`` after every call of the model.
             preview: ``StepInfo.x0`` is wanted.
@@ -247,15 +252,18 @@ class Sampler:
             if dtype not in FLOATS:
                 raise TypeError(f"dtype: expected a floating-point dtype, got {dtype}")
         _check_generator(generator, device)
-        needs = self.plan.needs_noise or x is None or bool(self._changing())
+        restores = self.plan.start is not None
+        needs = self.plan.needs_noise or x is None or restores or bool(self._changing())
         keys = sample_keys(seed, generator, batch, device) if needs else None
-        if x is None:
+        if x is None and restores:
+            x = torch.zeros(tuple(shape), dtype=dtype, device=device)
+        elif x is None:
             x = initial_noise(tuple(shape), keys, self.plan.initial_scale, dtype, self._setting.backend)
         return x, keys
 
     def _run(self, x, keys, conditions, noise, line, callback, preview, trajectory, way):
         run = Run(self.plan, self.schedule, self.conversion, x.shape,
-                  torch.float64 if x.dtype == torch.float64 else torch.float32, x.device)  # fmt: skip
+                  torch.float64 if x.dtype == torch.float64 else torch.float32, x.device, preview)  # fmt: skip
         control = self.solver.control(run)
         for observer in self.observers:
             if hasattr(observer, "begin_run"):
@@ -263,8 +271,7 @@ class Sampler:
         if way is not None and not self.plan.needs_noise:
             keys = None  # they made the start
         loop = self._loop(x, keys is not None, preview, way is not None)
-        states = [x.clone()] if trajectory else []
-        times = []
+        states, times = [], []
 
         def after(call: int) -> None:
             line.advance()
@@ -279,7 +286,9 @@ class Sampler:
         if way is not None:
             return way.run(self, loop, x, keys, conditions, noise, after)
         with torch.inference_mode():
-            loop.begin(x, keys)
+            loop.begin(x, keys, noise)
+            if trajectory:
+                states.append(loop.sample.clone())
             for observer in self._changing():
                 observer.begin_state(loop.state(run))
             graphed = loop.graph_of(self._graph, self.observers, control, noise)
@@ -386,7 +395,7 @@ def _with_epsilon_scale(plan: Plan, scale, prediction_type: str, solver: Solver)
         raise ValueError(f"epsilon_scale: expected finite numbers above 0, got {scales[:8]}")
     table = plan.table.clone()
     table[:, [C.X0_OUTPUT, C.M_OUTPUT, C.OUTPUT]] /= torch.tensor(scales, dtype=torch.float64)[:, None]
-    return Plan(plan.times, plan.levels, table, plan.ends, plan.initial_scale)
+    return replace(plan, table=table)
 
 
 def _learned(asked: bool | None, plan: Plan) -> bool:
@@ -401,7 +410,7 @@ def _with_input_scale(plan: Plan, scale: Callable[[Level], float] | None) -> Pla
     table = plan.table.clone()
     for call, level in enumerate(plan.levels[1:]):
         table[call, C.INPUT_SCALE] = float(scale(level))
-    return Plan(plan.times, plan.levels, table, plan.ends, plan.initial_scale)
+    return replace(plan, table=table)
 
 
 def _check_generator(generator: Generator, device: torch.device) -> None:
