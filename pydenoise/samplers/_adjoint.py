@@ -5,9 +5,9 @@ Sources: Chen et al., "Neural Ordinary Differential Equations", NeurIPS 2018 (th
 no linear part, integrated backwards together).
 
 With tau = sigma / (alpha + sigma) and y = x / (alpha + sigma) the probability-flow ODE of every kind of schedule is
-dy/dtau = v = epsilon - x0, and neither end of a schedule is singular. A gradient a = dL/dy obeys da/dtau = -(dv/dy)^T a,
-and that of a parameter p is minus the integral of a^T dv/dp over rising tau. All three are integrated from the end of
-the run to its start over the run's own levels, by an Adams predictor and corrector of orders 2 and 3 with the actual
+dy/dtau = v = epsilon - x0, and neither end of a schedule is singular. A gradient a = dL/dy obeys da/dtau = -(dv/dy)^T
+a, and that of a parameter p is minus the integral of a^T dv/dp over rising tau. All three are integrated from the end
+of the run to its start over the run's own levels, by an Adams predictor and corrector of orders 2 and 3 with the actual
 steps and one call of the model for each level; y is computed anew on the way.
 """
 
@@ -183,13 +183,11 @@ class Adjoint:
         if other is not None:
             guidance = loop.setting.guidance[call]
             outputs, shares = [given, other], [guidance, 1 - guidance]
-        v = on_x * x + sum(
-            on_output * share * part.detach().to(x.dtype) for share, part in zip(shares, outputs, strict=True)
-        )
+        mixed = sum(share * part.detach().to(x.dtype) for share, part in zip(shares, outputs, strict=True))
         on_input, rest = self._model.backward(leaf, outputs, [on_output * share * a for share in shares])
         sums.add(rest, weight)
         on_input = on_input.to(x.dtype).view(loop.copies, *x.shape).sum(0) * loop.input_scale(call)
-        return v, -node.scale * (on_x * a + on_input)
+        return on_x * x + on_output * mixed, -node.scale * (on_x * a + on_input)
 
 
 def _moved(y: Tensor, a: Tensor, shares: Sequence[float], slopes: Sequence[tuple[Tensor, Tensor]]):

@@ -1,7 +1,7 @@
 """What the ways to differentiate a run share: the denoiser with leaves of its own, and the torch.autograd.Function.
 
-A run goes forward without a graph; ``Gradient`` has its result, and asks an engine (``_checkpoint.py``, ``_adjoint.py``)
-for the gradients when they are wanted.
+A run goes forward without a graph; ``Gradient`` has its result, and asks an engine (``_checkpoint.py``,
+``_adjoint.py``) for the gradients when they are wanted.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +27,10 @@ class Model:
         self.parameters: list[Tensor] = []  # leaves that the denoiser holds
         self._known: set[int] = set()
         kind = device.type
+        # Without autocast's cache, whose copies of weights belong to the graph of the call that made them.
         self._autocast = {
             "device_type": kind, "dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind),
+            "cache_enabled": False,
         }  # fmt: skip
 
     def _leaves(self, value):

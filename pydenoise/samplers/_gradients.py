@@ -60,7 +60,7 @@ def _check_sampler(sampler, name: str) -> None:
     solver, plan = sampler.solver, sampler.plan
     if type(solver).control is not Solver.control:
         raise ValueError(
-            f"differentiable: the coefficients of {solver.name} depend on the data of each step, which {name!r} does not "
+            f"differentiable: the coefficients of {solver.name} depend on the data of each step, which {name!r} cannot "
             "differentiate; expected a solver whose rows are fixed, such as DDIM or DPMSolverPP"
         )
     for observer in sampler.observers:
