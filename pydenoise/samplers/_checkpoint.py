@@ -85,7 +85,7 @@ class Checkpoint:
                 self._states[call + 1] = self._loop.snapshot()
 
         with torch.inference_mode(False), torch.no_grad():
-            self._loop.begin(x, self._keys)
+            self._loop.begin(x.detach(), self._keys, self._noise)
             self._states[0] = self._loop.snapshot()
             self._run(0, self._calls, store)
             return self._loop.sample.clone()
@@ -118,9 +118,14 @@ class Checkpoint:
                 grads, z = self._reverse(target, grads, sums)
                 if self._noise is not None and target in self._noise:
                     on_noise.append(z if self._noise_wanted else None)
+            on_x = grads.sample
+            if (start := loop.setting.plan.start) is not None:  # of a restoration, start[0] x + start[1] z
+                on_x = start[0] * on_x
+                if self._noise is not None:
+                    on_noise.append(start[1] * grads.sample if self._noise_wanted else None)
             if grads.base is not None:  # the run begins with base = x
-                grads.sample = grads.sample + grads.base
-        return [grads.sample, *reversed(on_noise), *sums.values]
+                on_x = on_x + grads.base
+        return [on_x, *reversed(on_noise), *sums.values]
 
     def _reverse(self, call: int, grads: CallState, sums: Sums) -> tuple[CallState, Tensor]:
         """Gradients before ``call``, whose state the loop holds, from those after it."""

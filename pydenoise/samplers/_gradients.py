@@ -11,7 +11,7 @@ from pydenoise.samplers._checkpoint import Checkpoint
 from pydenoise.samplers._differentiable import Gradient, Model
 from pydenoise.samplers._loop import Loop
 from pydenoise.samplers.levels import check_count
-from pydenoise.samplers.plan import Solver
+from pydenoise.samplers.plan import Control
 
 WAYS = ("checkpoint", "adjoint")
 CHECKPOINTS = 16
@@ -25,10 +25,15 @@ class Way:
     checkpoints: int
 
     def run(
-        self, sampler, loop: Loop, x: Tensor, keys: Tensor | None, conditions: Mapping[str, object],
-        noise: Mapping[int, Tensor] | None, after: Callable[[int], None],
+        self, sampler, loop: Loop, control: Control | None, x: Tensor, keys: Tensor | None,
+        conditions: Mapping[str, object], noise: Mapping[int, Tensor] | None, after: Callable[[int], None],
     ) -> Tensor:  # fmt: skip
         """A sample with gradients."""
+        if control is not None:
+            raise ValueError(
+                f"differentiable: the coefficients of {sampler.solver.name} depend on the data of each step, which "
+                f"{self.name!r} cannot differentiate; expected a solver whose rows are fixed, such as DDIM"
+            )
         model = Model(sampler.denoiser, conditions, x.device)
         if self.name == "adjoint":
             engine, zs = Adjoint(loop, model, sampler.observers, sampler.conversion), []
@@ -58,11 +63,6 @@ def way_of(sampler, name: str | None, checkpoints: int | None, trajectory: bool)
 
 def _check_sampler(sampler, name: str) -> None:
     solver, plan = sampler.solver, sampler.plan
-    if type(solver).control is not Solver.control:
-        raise ValueError(
-            f"differentiable: the coefficients of {solver.name} depend on the data of each step, which {name!r} cannot "
-            "differentiate; expected a solver whose rows are fixed, such as DDIM or DPMSolverPP"
-        )
     for observer in sampler.observers:
         if not hasattr(observer, "graph_key") or getattr(observer, "changes_sample", False):
             raise ValueError(
@@ -73,6 +73,8 @@ def _check_sampler(sampler, name: str) -> None:
         raise ValueError("graph: no CUDA graph, because the run is differentiable")
     if name == "checkpoint":
         return
+    if plan.start is not None or plan.predictions != 1:
+        raise ValueError(f"differentiable: {solver.name} solves another equation than 'adjoint'; use 'checkpoint'")
     if plan.needs_noise:
         raise ValueError(f"differentiable: 'adjoint' needs a solver without noise, {solver!r} adds some")
     if sampler.conversion.limits:

@@ -144,11 +144,12 @@ class Loop:
 
     def restore(self, state: CallState, call: int, keys: Tensor | None) -> None:
         """Everything as ``snapshot`` found it before ``call``."""
-        self.begin(state.sample, keys)
+        own = (self.sample, self.base, self.history, self.keys)
+        for buffer, kept in zip(own, (state.sample, state.base, state.history, keys), strict=True):
+            if buffer is not None:
+                buffer.copy_(kept)
         self._fill_input(state.sample, call)
-        for own, kept in ((self.base, state.base), (self.history, state.history)):
-            if own is not None:
-                own.copy_(kept)
+        self.faults.fill_(NO_FAULT)
 
     def state(self, run: Run) -> State:
         """What an observer that ``changes_sample`` is given."""

@@ -268,8 +268,8 @@ class Sampler:
         for observer in self.observers:
             if hasattr(observer, "begin_run"):
                 observer.begin_run(self.times)
-        if way is not None and not self.plan.needs_noise:
-            keys = None  # they made the start
+        if way is not None and not self.plan.needs_noise and self.plan.start is None:
+            keys = None  # they made x
         loop = self._loop(x, keys is not None, preview, way is not None)
         states, times = [], []
 
@@ -284,7 +284,7 @@ class Sampler:
                 times.append(self.times[call])
 
         if way is not None:
-            return way.run(self, loop, x, keys, conditions, noise, after)
+            return way.run(self, loop, control, x, keys, conditions, noise, after)
         with torch.inference_mode():
             loop.begin(x, keys, noise)
             if trajectory:

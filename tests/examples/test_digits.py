@@ -48,3 +48,9 @@ def test_training_says_what_is_wrong(tmp_path, options, message):
 def test_sampling():
     lines = run("sample_digits").splitlines()
     assert len(lines) == 18 and sum("@" in line for line in lines) > 10
+
+
+def test_reward_gradient():
+    lines = run("reward_gradient", 6).splitlines()
+    rewards = [line.split("reward ")[1].split(" -> ") for line in lines[:5]]
+    assert all(float(last) > float(first) for first, last in rewards) and len(lines) == 13

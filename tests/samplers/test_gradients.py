@@ -28,6 +28,7 @@ from pydenoise.samplers import (
 from pydenoise.samplers._adjoint import interval_weights, last_step, weights
 from pydenoise.samplers._checkpoint import first_states, reversal
 from pydenoise.samplers._seeds import sample_keys
+from pydenoise.samplers.rddm import RDDM, residual_schedule
 
 sys.path.insert(0, str(Path(__file__).parent))
 import convergence as cv  # noqa: E402
@@ -230,6 +231,28 @@ def test_variance_that_is_not_used():
     runs = sampler.sample(x, differentiable="checkpoint"), plain(plain_net, x)
     found, wanted = (torch.autograd.grad((r * direction()).sum(), [x, *net.parameters()]) for r in runs)
     assert difference(found, wanted) < 1e-10
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("head, eta", [("both", 0.0), ("both", 0.6), ("residual", 0.6)])
+def test_restoration(head, eta, given):
+    """A degraded sample enters by the start and in every step."""
+
+    def denoise(x, t):
+        residual, noise = (0.5 * x).sin(), (0.3 * x).cos()
+        return torch.cat([residual, noise], 1) if head == "both" else residual
+
+    sampler = Sampler(denoise, residual_schedule(20), RDDM(head, eta), 4, backend="reference")
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(1, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    z = torch.randn(1 + len(sampler.plan.noisy_calls), 1, 3, dtype=torch.float64, generator=generator)
+    options = {"differentiable": "checkpoint", "checkpoints": 2}
+    if given:
+        assert torch.autograd.gradcheck(lambda y, z: sampler.sample(y, noise=z, **options), (y, z.requires_grad_()))
+    else:
+        assert torch.autograd.gradcheck(lambda y: sampler.sample(y, seed=2, **options), y)
+    with pytest.raises(ValueError, match="differentiable: "):
+        sampler.sample(y, differentiable="adjoint")
 
 
 # ------------------------------------------------------------------------------------------------------ adjoint ODE
