@@ -1,1 +1,1 @@
-"""The command line: ``pydenoise info | denoise | demo | bench | weights``; one module per command."""
+"""The command line: ``pydenoise denoise | sample | gallery | demo | bench | info | weights``; a module for each."""

@@ -10,7 +10,7 @@ import pydenoise
 
 # Each module has add_parser(subparsers), which sets ``run``: a function of the arguments that returns the exit code.
 # None of them imports torch or rich before its ``run``: `pydenoise --help` answers at once.
-COMMANDS = ("denoise", "sample", "demo", "bench", "info", "weights")
+COMMANDS = ("denoise", "sample", "gallery", "demo", "bench", "info", "weights")
 USAGE_ERROR = 2
 INTERRUPTED = 130
 

@@ -45,7 +45,7 @@ def add_parser(subparsers) -> None:
     add("--images", type=positive, metavar="N", help=f"of each class (default: {IMAGES})")
     guidance = "classifier-free: 1 is the class alone (default), more of it looks more like its class, 0 is no class"
     add("--guidance", type=_guidance, default=1.0, metavar="W", help=guidance)
-    add("--seed", type=_seed, default=0, metavar="S", help="of the noise (default: 0)")
+    add("--seed", type=seed_number, default=0, metavar="S", help="of the noise (default: 0)")
     add("--backend", choices=BACKENDS, default="auto", help="of the solver's steps (default: auto)")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
@@ -127,7 +127,8 @@ def _guidance(text: str) -> float:
     return value
 
 
-def _seed(text: str) -> int:
+def seed_number(text: str) -> int:
+    """A seed given on the command line."""
     if not text.isdecimal() or int(text) >= 2**62:
         raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, got {text!r}")
     return int(text)

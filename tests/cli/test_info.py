@@ -81,7 +81,7 @@ def test_version_and_help(cli):
     assert cli("--version") == (0, f"pydenoise {pydenoise.__version__}\n", "")
     code, out, _ = cli("--help")
     assert code == 0
-    for command in ("denoise", "sample", "demo", "bench", "info", "weights"):
+    for command in ("denoise", "sample", "gallery", "demo", "bench", "info", "weights"):
         assert command in out
 
 
