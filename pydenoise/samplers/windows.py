@@ -248,6 +248,8 @@ class ShiftedWindows(_Windowed):
             raise ValueError("mix: cannot be used with dynamic_threshold; 0 can")
         if state.run.plan.uses_base or not all(state.run.plan.ends):
             raise ValueError("mix: this solver begins several calls from a saved sample; use mix=0")
+        if state.run.plan.start is not None or state.run.plan.predictions != 1:
+            raise ValueError("mix: this solver's chain does not lead to noise; use mix=0")
         self._state = state
 
     def begin_step(self, step: int, num_steps: int) -> None:

@@ -208,6 +208,20 @@ def test_offsets_move_and_come_back():
     assert [windows.graph_key(call) for call in range(5)] == [0, 1, 2, 3, 0]
 
 
+def test_gradients():
+    """Through windows, as through the whole."""
+    x = torch.randn(1, 3, 12, 16, generator=torch.Generator().manual_seed(6), requires_grad=True)
+    windows = ShiftedWindows(pointwise, (8, 8), shifts=4, mix=0.0, wrap=(-1,))
+    gradients = []
+    for denoiser, observers in ((pointwise, []), (windows, [windows]),
+                                (OverlappedWindows(pointwise, (8, 8), overlap=3), [])):  # fmt: skip
+        run = Sampler(denoiser, SCHEDULE, DDIM(), 4, observers=observers)
+        (gradient,) = torch.autograd.grad(run.sample(x, differentiable="checkpoint").square().sum(), x)
+        gradients.append(gradient)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-5, atol=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------------------- conditions
 
 
