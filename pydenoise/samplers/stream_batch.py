@@ -57,7 +57,8 @@ class StreamBatch:
         renoise: how a denoised frame gets the noise of its next stage: "initial", noise fixed for each stage;
             "predicted", its own, which is DDIM; "none", only scaled.
         timestep_scaling: of the boundary condition of consistency models, D = c_skip x + c_out x0 with c_skip = 0.25 /
-            ((scaling t)^2 + 0.25) and c_out = scaling t / sqrt((scaling t)^2 + 0.25). inf: D is x0.
+            ((scaling t)^2 + 0.25) and c_out = scaling t / sqrt((scaling t)^2 + 0.25). inf: D is x0. ``None``: 10, as
+            in latent consistency models, for a "vp" schedule, and inf for others.
         noisy_frames: frames are samples at the first time as they come: noise, for generation without pictures.
         conditioning, unconditional: keyword arguments of the denoiser; tensors have F rows or one.
         noise: the fixed noise [stages F, ...]; else drawn by ``seed`` (an int, or one for each row) or ``generator``.
@@ -83,7 +84,7 @@ class StreamBatch:
         guidance_scale: float | None = None,
         delta: float = 1.0,
         renoise: str = "initial",
-        timestep_scaling: float = 10.0,
+        timestep_scaling: float | None = None,
         noisy_frames: bool = False,
         conditioning: Mapping[str, object] | None = None,
         unconditional: Mapping[str, object] | None = None,
@@ -105,6 +106,8 @@ class StreamBatch:
         self.frame_buffer, self.dtype, self.device = int(frame_buffer), dtype, torch.device(device)
         self.frame_shape = torch.Size((self.frame_buffer, *shape))
         self.guidance, self._check_finite = guidance, check_finite
+        if timestep_scaling is None:
+            timestep_scaling = 10.0 if schedule.kind == "vp" else math.inf
         self._options = Options(
             prediction_type, guidance, scale, float(delta), renoise, float(timestep_scaling), bool(noisy_frames)
         )
@@ -346,11 +349,13 @@ def _check_guidance(guidance: str, scale: float | None, delta: float) -> float:
     return 1.0 if scale is None else float(scale)
 
 
-def _check_options(prediction_type: str, renoise: str, timestep_scaling: float) -> None:
+def _check_options(prediction_type: str, renoise: str, timestep_scaling: float | None) -> None:
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
     if renoise not in RENOISE:
         raise ValueError(f"renoise: expected one of {', '.join(map(repr, RENOISE))}, got {renoise!r}")
+    if timestep_scaling is None:
+        return
     if isinstance(timestep_scaling, bool) or not isinstance(timestep_scaling, (int, float)):
         raise TypeError(f"timestep_scaling: expected a number, got {type(timestep_scaling).__name__}")
     if not timestep_scaling > 0:

@@ -188,7 +188,7 @@ def test_flow_and_pure_noise():
     denoiser = cv.mixture().denoiser(schedule, "flow")
     times = [1000.0, 750.0, 250.0]  # the first one without signal
     stream = batch(denoiser, schedule, timesteps=times, prediction_type="flow", renoise="predicted",
-                   timestep_scaling=math.inf, noisy_frames=True)  # fmt: skip
+                   noisy_frames=True)  # fmt: skip
     given = frames(5)
     found = run(stream, torch.cat([given, given[:2]]))[2:]
     wanted = Sampler(
