@@ -39,7 +39,8 @@ class State:
     the model runs, and what is done with them.
 
     Args:
-        sample: x [B, ...], the state itself; the model's input may be another buffer.
+        sample: x [B, ...], the state itself.
+        input: what the model is called with; may be ``sample``.
         keys: int64 [B, 2], of noise.
         table: the rows with guidance, on the sample's device.
         input_scales: what x is multiplied by to be the model's input, for each call.
@@ -47,6 +48,7 @@ class State:
 
     run: Run
     sample: Tensor
+    input: Tensor
     keys: Tensor
     table: Tensor
     input_scales: tuple[float, ...]
@@ -155,7 +157,7 @@ class Loop:
         """What an observer that ``changes_sample`` is given."""
         setting = self.setting
         scales = (setting.first_input_scale, *setting.plan.table[:-1, C.INPUT_SCALE].tolist())
-        return State(run, self.sample, self.keys, self.table, scales, setting.backend)
+        return State(run, self.sample, self.input, self.keys, self.table, scales, setting.backend)
 
     def graph_of(self, wanted: bool | None, observers: Sequence, control: Control | None, noise) -> bool:
         """Whether the calls run as a captured graph; raises where that is asked for and cannot be."""

@@ -177,8 +177,11 @@ class OverlappedWindows(_Windowed):
 
     def _grid(self, sizes, parts, wraps, x: Tensor) -> tuple[list, list]:
         """(starts, weights) of every axis; kept, because a captured graph reads the weights."""
-        key = (sizes, x.device)
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (sizes, x.device, exact)
         if key not in self._grids:
+            while len(self._grids) >= 8:
+                self._grids.pop(next(iter(self._grids)))
             overlaps = self.overlap if isinstance(self.overlap, tuple) else (self.overlap,) * len(sizes)
             given = (None,) * len(sizes) if isinstance(self.window, int) else self.window
             places, weights = [], []
@@ -187,7 +190,7 @@ class OverlappedWindows(_Windowed):
                 starts = [0] if all_of_it else grid.overlapped_starts(size, part, overlap, wrapped)
                 places.append(starts)
                 own = grid.profiles(size, part, starts, overlap, self.margin, self.weights, wrapped)
-                weights.append(own.to(torch.float64 if x.dtype == torch.float64 else torch.float32).to(x.device))
+                weights.append(own.to(exact).to(x.device))
             self._grids[key] = (places, weights)
         return self._grids[key]
 
@@ -267,8 +270,10 @@ class ShiftedWindows(_Windowed):
         sizes, parts, wraps = self._sizes(x)
         windows = self._windows(sizes, parts, wraps)
         stages = [[*group] for _, group in itertools.groupby(windows, lambda w: w.stage if self.mix else ())]
-        if len(stages) > 1 and self._state is None:
-            raise RuntimeError("ShiftedWindows: mix needs a Sampler with it among the observers; 0 does not")
+        if len(stages) > 1 and (self._state is None or x.data_ptr() != self._state.input.data_ptr()):
+            raise RuntimeError(
+                "ShiftedWindows: mix needs a Sampler whose denoiser it is, and with it among the observers; 0 does not"
+            )
         result, done = None, 0
         for stage in stages:
             if result is not None and done:
@@ -314,7 +319,7 @@ class ShiftedWindows(_Windowed):
             )  # fmt: skip
             mixed[new] = own[new]
             grid.scatter(sample[rows], window.starts, mixed)
-            if x.data_ptr() != sample.data_ptr():
+            if state.input is not sample:
                 for copy in range(copies):
                     grid.scatter(x[copy * batch :][rows], window.starts, mixed * state.input_scales[call])
 

@@ -341,7 +341,9 @@ def test_mixing_is_refused_where_it_means_nothing():
             Sampler(windows, SCHEDULE, num_steps=4, observers=[windows], **options).sample(shape=SHAPE, seed=0)
     with pytest.raises(ValueError, match="graph: no CUDA graph"):
         Sampler(windows, SCHEDULE, DDIM(), 4, observers=[windows], graph=True).sample(shape=SHAPE, seed=0)
-    windows.begin_step(1, 4)
+    around = Sampler(lambda x, t: windows(x + 0, t), SCHEDULE, DDIM(), 4, observers=[windows])
+    with pytest.raises(RuntimeError, match="mix needs a Sampler whose denoiser it is"):
+        around.sample(shape=SHAPE, seed=0)
     with pytest.raises(RuntimeError, match="mix needs a Sampler"):
         ShiftedWindows.__call__(_told(ShiftedWindows(pointwise, (8, 8))), torch.randn(SHAPE), torch.tensor([3, 3]))
 
