@@ -1,5 +1,6 @@
 """Where the random numbers of a generation come from: seeds and generators become the keys of counter-based noise."""
 
+import random
 from collections.abc import Sequence
 
 import torch
@@ -59,3 +60,16 @@ def _seed_of(seed: int | None, generator: torch.Generator | None) -> int:
     if not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
     return int(seed) - 2**64 if int(seed) >= 2**63 else int(seed)
+
+
+class SeedStream:
+    """Seeds for the parts of a longer generation, each with its own noise: made of one seed, or of one per sample."""
+
+    def __init__(self, seed: Seed, generator: Generator, batch: int):
+        self._each = isinstance(seed, Sequence) or isinstance(generator, Sequence)
+        self._owners = _each(seed, generator, batch) if self._each else [_seed_of(seed, generator)]
+
+    def of(self, part: int) -> Seed:
+        """The seed, or seeds, of a part; the same for the same number."""
+        seeds = [random.Random(f"{owner}:{part}").getrandbits(63) for owner in self._owners]
+        return seeds if self._each else seeds[0]

@@ -7,7 +7,6 @@ chosen on the device, and a known one has the row that changes nothing: it never
 after every step.
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from pydenoise import step_row as C
 from pydenoise.samplers._noise import initial_noise
-from pydenoise.samplers._seeds import Generator, Seed, sample_keys
+from pydenoise.samplers._seeds import Generator, Seed, SeedStream, sample_keys
 from pydenoise.samplers.ddim import DDIM, ddim_row
 from pydenoise.samplers.ddpm import DDPM, ddpm_row
 from pydenoise.samplers.levels import Level, NoiseSchedule, check_count
@@ -142,15 +141,12 @@ class VectorTimes:
         known = torch.arange(clip) < overlap
         shape = list(video.shape)
         shape[axis] = clip
-        owners = sample_keys(seed, generator, video.shape[0], video.device)[:, 0].tolist()
-        alone = not isinstance(seed, Sequence) and not isinstance(generator, Sequence)
+        seeds = SeedStream(seed, generator, video.shape[0])
         parts, last, number = [video], video, 0
         while (missing := num_frames - sum(p.shape[axis] for p in parts)) > 0:
-            seeds = [random.Random(f"{owner}:{number}").getrandbits(63) for owner in owners]
             begin = video.new_zeros(shape)
             begin.narrow(axis, 0, overlap).copy_(last.narrow(axis, last.shape[axis] - overlap, overlap))
-            given = seeds[0] if alone and seeds else seeds
-            last = self.sample(shape=shape, known=known, video=begin, seed=given, dtype=video.dtype,
+            last = self.sample(shape=shape, known=known, video=begin, seed=seeds.of(number), dtype=video.dtype,
                                device=video.device, **options)  # fmt: skip
             parts.append(last.narrow(axis, overlap, min(missing, clip - overlap)))
             number += 1
