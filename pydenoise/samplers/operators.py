@@ -74,7 +74,7 @@ class LinearOperator:
         scale = float(_squares(image).sum().sqrt() * _squares(y).sum().sqrt())
         if not abs(left - right) <= allowed * scale:
             raise ValueError(
-                f"adjoint: <H x, y> = {left:.6g} and <x, H^T y> = {right:.6g} differ: this is not the adjoint of forward"
+                f"adjoint: <H x, y> = {left:.6g} and <x, H^T y> = {right:.6g} differ: it is not that of forward"
             )
 
 
