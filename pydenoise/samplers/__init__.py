@@ -1,14 +1,15 @@
 """Samplers: loops around any callable denoiser. They know no modules of this package, only its functional API.
 
 ``Sampler`` runs a solver (``DDIM()``, ``DPMSolverPP(2)``, ...) on a ``NoiseSchedule``; ``masked`` has the samplers of
-masked-diffusion language models; ``adapters`` wrap models of other libraries. Names load on first use.
+masked-diffusion language models; ``adapters`` wrap models of other libraries; ``operators`` are those of inverse
+problems. Names load on first use.
 """
 
 import importlib
 import sys
 from types import ModuleType
 
-_MODULES = ("adapters", "masked")
+_MODULES = ("adapters", "masked", "operators")
 _NAMES = {
     "ConcatCondition": "fast_ddpm",
     "Control": "plan",
@@ -18,6 +19,7 @@ _NAMES = {
     "DDSM": "ddsm",
     "DMCMC": "dmcmc",
     "DPMSolverPP": "dpm_solver",
+    "DataConsistency": "data_consistency",
     "DenoisingGAN": "ddgan",
     "DiffusersScheduler": "diffusers_scheduler",
     "EVODiff": "evodiff",
@@ -25,6 +27,7 @@ _NAMES = {
     "Euler": "euler",
     "EulerAncestral": "euler",
     "FastDDPM": "fast_ddpm",
+    "FixedPointInversion": "fixed_point",
     "Heun": "euler",
     "Inversion": "edit_friendly",
     "Level": "levels",
@@ -35,6 +38,9 @@ _NAMES = {
     "PFODE": "pf_ode",
     "PNDM": "pndm",
     "Plan": "plan",
+    "RDDM": "rddm",
+    "REDDiff": "red_diff",
+    "Resfusion": "resfusion",
     "SVDD": "svdd",
     "Sampler": "runtime",
     "ShiftedWindows": "windows",
@@ -49,11 +55,15 @@ _NAMES = {
     "StreamStats": "stream",
     "TimeShift": "time_shift",
     "Trajectory": "runtime",
+    "UDPM": "udpm",
     "UniPC": "unipc",
     "VectorTimes": "vector_times",
     "calibrate_noise_shift": "noise_shift",
     "fast_ddpm_loss": "fast_ddpm",
     "from_diffusers": "from_diffusers",
+    "resfusion_schedule": "resfusion",
+    "residual_schedule": "rddm",
+    "residual_schedule_of": "rddm",
     "sandwich_backward": "ddsm",
     "search_strategy": "ddsm_search",
 }
