@@ -134,7 +134,9 @@ class Adjoint:
             run = self._model.watched, {}, None, Control(), self._observers, after, False
             loop.run(*run, calls[: self._last])
             self._state = loop.sample.clone()
-            loop.run(*run, calls[self._last :])
+            loop.run(*run, calls[self._last : self._last + 1])
+            self._seen = self._model.seen
+            loop.run(*run, calls[self._last + 1 :])
             return loop.sample.clone()
 
     def backward(self, grad: Tensor) -> list[Tensor | None]:
@@ -175,6 +177,8 @@ class Adjoint:
         for observer in self._observers:
             observer.begin_step(call, loop.setting.plan.calls)
         leaf, output = self._model(loop.input, loop.time_of(call))
+        if call == self._last:
+            self._model.check_same(output, self._seen)
         with torch.enable_grad():
             given, other = loop.split(output, call)
         (x0_x, x0_output), (e_x, e_output) = self._conversion.x0(level), self._conversion.epsilon(level)

@@ -88,6 +88,7 @@ class Checkpoint:
             self._loop.begin(x.detach(), self._keys, self._noise)
             self._states[0] = self._loop.snapshot()
             self._run(0, self._calls, store)
+            self._seen = self._model.seen
             return self._loop.sample.clone()
 
     @property
@@ -133,6 +134,8 @@ class Checkpoint:
         for observer in self._observers:
             observer.begin_step(call, self._calls)
         x, output = self._model(loop.input, loop.time_of(call))
+        if call == self._calls - 1:
+            self._model.check_same(output, self._seen)
         with torch.enable_grad():
             given, other = loop.split(output, call)
         parts = [part.detach().to(exact) for part in (given, other) if part is not None]

@@ -419,6 +419,13 @@ def test_parameters_alone_from_generated_noise():
     assert seen == list(range(5))
 
 
+@pytest.mark.parametrize("way", ["checkpoint", "adjoint"])
+def test_empty_batch(way):
+    x = start()[:0].detach().requires_grad_()
+    result = Sampler(lambda x, t: 0.1 * x, VP, DDIM(), 3, backend="reference").sample(x, differentiable=way)
+    assert result.shape == x.shape and torch.autograd.grad(result.sum(), x)[0].shape == x.shape
+
+
 def test_what_a_denoiser_holds():
     net = Net(VP)
     gain = torch.ones((), dtype=torch.float64, requires_grad=True)
@@ -438,6 +445,16 @@ def test_a_parameter_that_changed_since():
         sampler.denoiser.first.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "adjoint"])
+def test_a_denoiser_with_dropout(way):
+    net = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.1), nn.Linear(64, 4))
+    sampler, x = Sampler(lambda x, t: net(x), VP, DDIM(), 4), torch.randn(2, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="denoiser: returned something else .* dropout"):
+        sampler.sample(x, differentiable=way).sum().backward()
+    net.eval()
+    sampler.sample(x, differentiable=way).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
