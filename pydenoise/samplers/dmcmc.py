@@ -351,6 +351,8 @@ def _check_sampler(sampler: object) -> None:
             raise ValueError(f"sampler: {name} does not go with a chain whose levels differ from sample to sample")
     if sampler.guidance is not None and len(set(sampler.guidance)) > 1:
         raise ValueError("sampler: expected one guidance_scale for all levels")
+    if sampler.observers:
+        raise ValueError("sampler: observers count the calls of one run, and a chain has no end")
     if sampler._setting.learned_variance:
         raise ValueError("sampler: a model that returns a variance needs an adapter that drops it")
 

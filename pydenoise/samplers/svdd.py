@@ -65,8 +65,12 @@ class SVDD:
         plan = sampler.plan
         if not plan.needs_noise or plan.slots or plan.uses_base or not sampler.solver.fixed_rows:
             raise ValueError(f"sampler: expected a solver without history whose steps have noise, got {sampler.solver}")
+        if plan.start is not None or plan.predictions == 2:
+            raise ValueError(f"sampler: {sampler.solver.name} begins at a degraded sample, SVDD at noise")
         if sampler.conversion.dynamic:
             raise ValueError("sampler: dynamic_threshold does not go with SVDD")
+        if any(getattr(observer, "changes_sample", False) for observer in sampler.observers):
+            raise ValueError("sampler: an observer that changes the sample does not go with SVDD")
         if check_count("candidates", candidates) >= 2**15:
             raise ValueError(f"candidates: expected less than {2**15}, got {candidates}")
         if alpha is not None and (isinstance(alpha, bool) or not isinstance(alpha, (int, float))):

@@ -186,6 +186,11 @@ def test_guidance_and_clip():
     assert float(clipped.abs().max()) <= 0.4
 
 
+class Observer:
+    def begin_step(self, call, calls):
+        """Told of every call of a run."""
+
+
 RUN = sampler()
 VP = Sampler(lambda x, t: x, NoiseSchedule.linear(), DDIM(), 4)
 
@@ -195,6 +200,7 @@ VP = Sampler(lambda x, t: x, NoiseSchedule.linear(), DDIM(), 4)
     (lambda: DMCMC(VP, classifier), ValueError, "sampler: expected a 've' schedule"),
     (lambda: DMCMC(sampler(dynamic_threshold=0.9), classifier), ValueError, "sampler: dynamic_threshold"),
     (lambda: DMCMC(sampler(guidance_scale=[1.0, 2, 3, 4, 5, 6]), classifier), ValueError, "one guidance_scale"),
+    (lambda: DMCMC(sampler(observers=[Observer()]), classifier), ValueError, "sampler: observers count"),
     (lambda: DMCMC(RUN, 3), TypeError, "classifier: expected a callable"),
     (lambda: DMCMC(RUN, classifier, choice="best"), ValueError, "choice: expected one of"),
     (lambda: DMCMC(RUN, classifier, integrator="kar3"), ValueError, "integrator: expected one of"),

@@ -109,8 +109,8 @@ def test_guidance_of_inversion_and_edit():
 
 @pytest.mark.parametrize("make, error, message", [
     (lambda: EditFriendly(3), TypeError, "sampler: expected a Sampler"),
-    (lambda: EditFriendly(sampler(0.5)), ValueError, "sampler: expected DDIM"),
-    (lambda: EditFriendly(sampler().replace(solver=DDPM())), ValueError, "sampler: expected DDIM"),
+    (lambda: EditFriendly(sampler(0.5)), ValueError, "sampler: expected the solver DDIM"),
+    (lambda: EditFriendly(sampler().replace(solver=DDPM())), ValueError, "sampler: expected the solver DDIM"),
     (lambda: EditFriendly(sampler(dynamic_threshold=0.9)), ValueError, "sampler: dynamic_threshold"),
     (lambda: EditFriendly(sampler(), last="none"), ValueError, "last: expected one of"),
     (lambda: EditFriendly(sampler()).invert(3), TypeError, "x0: expected a tensor"),

@@ -163,6 +163,25 @@ def test_guidance_conditions_and_other_schedules():
     assert bool((moved > 0.02).all()), "each sample has its own reward"
 
 
+class Observer:
+    """Counts what it is told; or says that it changes the sample."""
+
+    def __init__(self, changes_sample=False):
+        self.changes_sample, self.runs, self.told = changes_sample, 0, []
+
+    def begin_run(self, times):
+        self.runs += 1
+
+    def begin_step(self, call, calls):
+        self.told.append((call, calls))
+
+
+def test_observers_are_told_of_every_evaluation():
+    observer = Observer()
+    SVDD(sampler(num_steps=3, observers=[observer]), brightness, candidates=2).sample(cv.start(), seed=0)
+    assert observer.runs == 1 and observer.told == [(0, 3), (1, 3), (2, 3)]
+
+
 def failing(value):
     return SVDD(sampler(), lambda x0: value, candidates=2).sample(cv.start(), seed=0)
 
@@ -173,6 +192,7 @@ def failing(value):
     (lambda: SVDD(sampler(), brightness, method="tds"), ValueError, "method: expected one of"),
     (lambda: SVDD(sampler(DDIM()), brightness), ValueError, "sampler: expected a solver without history"),
     (lambda: SVDD(sampler(DPMSolverPP(2, sde=True)), brightness), ValueError, "sampler: expected a solver without"),
+    (lambda: SVDD(sampler(observers=[Observer(True)]), brightness), ValueError, "sampler: an observer that changes"),
     (lambda: SVDD(sampler(dynamic_threshold=0.9), brightness), ValueError, "sampler: dynamic_threshold"),
     (lambda: SVDD(sampler(), brightness, candidates=0), ValueError, "candidates: expected at least 1"),
     (lambda: SVDD(sampler(), brightness, candidates=2**15), ValueError, "candidates: expected less"),
