@@ -60,6 +60,14 @@ def to_pixels(image: "Tensor", low: float = -1.0, high: float = 1.0) -> "np.ndar
     return pixels.contiguous().cpu().numpy()
 
 
+def _strip(digits: "Tensor", caption: str) -> Panel:
+    """Digits [N, 1, 8, 8] beside each other, ink black."""
+    import torch
+
+    padded = torch.nn.functional.pad(digits[:, 0], (1, 1, 1, 1), value=-1)
+    return Panel(to_pixels(-padded.permute(1, 0, 2).flatten(1)), caption, scale=4)
+
+
 # ------------------------------------------------------------------------------------------------------------- entries
 
 
@@ -77,8 +85,7 @@ def digits(seed: int) -> list[Panel]:
     for steps in (5, 10, 50):
         sampler = Sampler(model, NoiseSchedule.linear(), DDIM(), steps, guidance_scale=2.0)
         images = sampler.sample(shape=(10, 1, 8, 8), seed=[seed + label for label in range(10)], **told)
-        strip = torch.nn.functional.pad(images[:, 0], (1, 1, 1, 1), value=-1).permute(1, 0, 2).flatten(1)
-        panels.append(Panel(to_pixels(-strip), f"{steps} steps", scale=4))
+        panels.append(_strip(images, f"{steps} steps"))
     return panels
 
 
@@ -141,3 +148,52 @@ def _texture_denoiser(image: "Tensor", side: int, schedule) -> Callable:
         return (sigma * along / (alpha**2 * variances + sigma**2) @ directions.T).view_as(x)
 
     return denoise
+
+
+@entry(
+    "edit",
+    "Edit-friendly inversion: real digits, and the same hands writing others",
+    ("sklearn.datasets", "scikit-learn"),
+)
+def edit(seed: int) -> list[Panel]:
+    import torch
+
+    from pydenoise.models import load_digits
+    from pydenoise.models.digits_quality import real_digits
+    from pydenoise.samplers import DDIM, EditFriendly, NoiseSchedule, Sampler
+
+    model, (images, labels) = load_digits(), real_digits()
+    chosen = torch.stack([(labels == label).nonzero()[seed % 100, 0] for label in range(10)])
+    images, labels = images[chosen], torch.arange(10)
+    nothing = {"labels": torch.full_like(labels, model.null_class)}
+    sampler = Sampler(model, NoiseSchedule.linear(), DDIM(eta=1.0), 50, guidance_scale=1.0)
+    found = EditFriendly(sampler).invert(images, conditioning={"labels": labels}, unconditional=nothing, seed=seed)
+    again = found.reconstruct({"labels": labels}, nothing)
+    error = float((again - images).abs().max())
+    panels = [_strip(images, "scikit-learn's"), _strip(again, f"reconstructed: at most {error:.1g} away")]
+    for other in (3, 8):
+        told = {"labels": torch.full_like(labels, other)}
+        panels.append(_strip(found.edit(told, nothing, skip=10, guidance_scale=3.0), f"as {other}, 40 of 50 steps"))
+    return panels
+
+
+@entry("reward", "SVDD: digits of a reward that needs no gradient, 8 candidates for each step")
+def reward(seed: int) -> list[Panel]:
+    import torch
+
+    from pydenoise.models import load_digits
+    from pydenoise.samplers import DDIM, SVDD, NoiseSchedule, Sampler
+
+    def ink(x0: "Tensor") -> "Tensor":
+        return x0.clamp(-1, 1).mean((1, 2, 3))
+
+    sampler = Sampler(load_digits(), NoiseSchedule.linear(), DDIM(eta=1.0), 25)
+    given = {"shape": (10, 1, 8, 8), "seed": seed, "conditioning": {"labels": torch.arange(10)}}
+    panels = []
+    for caption, images in (
+        ("no reward", sampler.sample(**given)),
+        ("little ink", SVDD(sampler, lambda x0: -ink(x0), candidates=8).sample(**given)),
+        ("much ink", SVDD(sampler, ink, candidates=8).sample(**given)),
+    ):
+        panels.append(_strip(images, f"{caption}: {50 * float(1 + ink(images).mean()):.0f} % of the paper"))
+    return panels

@@ -21,15 +21,15 @@ def target(tmp_path):
 
 @pytest.mark.parametrize("own", ENTRIES, ids=lambda own: own.name)
 def test_entries(own):
-    """Pictures with captions, the same for the same seed."""
+    """Pictures with captions."""
     for module, _ in own.packages:
         pytest.importorskip(module)
-    first, again = own.make(1), own.make(1)
-    assert first and own.title
-    for panel, other in zip(first, again, strict=True):
+    panels = own.make(1)
+    assert panels and own.title
+    for panel in panels:
         assert panel.caption and panel.scale >= 1
         assert panel.picture.dtype == np.uint8 and panel.picture.shape[2:] in ((), (3,))
-        assert panel.picture.std() > 5 and np.array_equal(panel.picture, other.picture)
+        assert panel.picture.std() > 5
 
 
 def test_names_are_different():
@@ -40,6 +40,8 @@ def test_the_sheet_is_written(cli, target):
     code, out, err = cli("gallery", "--only", "digits", "--seed", 3, "--threads", 1, "-o", target)
     assert (code, err) == (0, "") and f"wrote {target}" in out.replace("\n", "")
     sheet = read_picture(target).pixels
+    cli("gallery", "--only", "digits", "--seed", 3, "-o", target)
+    assert np.array_equal(read_picture(target).pixels, sheet)
     assert sheet.shape[1] == gallery.WIDTH and (sheet < 64).any()
 
 
