@@ -44,7 +44,7 @@ def repeated(given: Mapping[str, object] | None, batch: int, copies: int) -> dic
     def more(value: object) -> object:
         if isinstance(value, Mapping):
             return {key: more(inner) for key, inner in value.items()}
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch and batch > 1:
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
             return torch.cat([value] * copies)
         return value
 

@@ -163,6 +163,19 @@ def test_guidance_conditions_and_other_schedules():
     assert bool((moved > 0.02).all()), "each sample has its own reward"
 
 
+def test_conditions_of_a_single_sample_are_given_to_every_candidate():
+    seen = []
+
+    def conditional(x, t, image, scale):
+        seen.append((x.shape[0], image.shape[0]))
+        return cv.mixture().denoiser(cv.schedule())(x + 0 * torch.stack([x, image])[1], t) * scale
+
+    run = Sampler(conditional, cv.schedule(), DDPM(), 3)
+    given = {"image": torch.zeros(1, 2, 4, 4), "scale": torch.tensor(1.0)}
+    SVDD(run, brightness, candidates=4).sample(shape=(1, 2, 4, 4), seed=0, conditioning=given)
+    assert seen == [(1, 1), (4, 4), (4, 4)]
+
+
 class Observer:
     """Counts what it is told; or says that it changes the sample."""
 
