@@ -166,14 +166,14 @@ def edit(seed: int) -> list[Panel]:
     chosen = torch.stack([(labels == label).nonzero()[seed % 100, 0] for label in range(10)])
     images, labels = images[chosen], torch.arange(10)
     nothing = {"labels": torch.full_like(labels, model.null_class)}
-    sampler = Sampler(model, NoiseSchedule.linear(), DDIM(eta=1.0), 50, guidance_scale=1.0)
+    sampler = Sampler(model, NoiseSchedule.linear(), DDIM(eta=1.0), 25, guidance_scale=1.0)
     found = EditFriendly(sampler).invert(images, conditioning={"labels": labels}, unconditional=nothing, seed=seed)
     again = found.reconstruct({"labels": labels}, nothing)
     error = float((again - images).abs().max())
     panels = [_strip(images, "scikit-learn's"), _strip(again, f"reconstructed: at most {error:.1g} away")]
     for other in (3, 8):
         told = {"labels": torch.full_like(labels, other)}
-        panels.append(_strip(found.edit(told, nothing, skip=10, guidance_scale=3.0), f"as {other}, 40 of 50 steps"))
+        panels.append(_strip(found.edit(told, nothing, skip=5, guidance_scale=3.0), f"as {other}, 20 of 25 steps"))
     return panels
 
 
@@ -187,7 +187,7 @@ def reward(seed: int) -> list[Panel]:
     def ink(x0: "Tensor") -> "Tensor":
         return x0.clamp(-1, 1).mean((1, 2, 3))
 
-    sampler = Sampler(load_digits(), NoiseSchedule.linear(), DDIM(eta=1.0), 25)
+    sampler = Sampler(load_digits(), NoiseSchedule.linear(), DDIM(eta=1.0), 15)
     given = {"shape": (10, 1, 8, 8), "seed": seed, "conditioning": {"labels": torch.arange(10)}}
     panels = []
     for caption, images in (
