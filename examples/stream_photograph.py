@@ -16,7 +16,7 @@ from pydenoise.imaging import Picture, write_picture
 from pydenoise.models import load_ffdnet
 from pydenoise.models.weights import find_ffdnet
 
-SIDE, MOVING, RESTING = 128, 24, 48
+SIDE, MOVING, RESTING = 96, 24, 48
 NOISE, SECOND = 25 / 255, 8 / 255  # of the camera, and what the second stage takes away
 
 network = load_ffdnet(find_ffdnet())  # any callable (x, t, **conditioning)
@@ -47,7 +47,7 @@ with pdn.samplers.Stream(
 
 quality = sum(decibels(result.sample, clean[result.number]) for result in results) / len(results)
 print(f"{stats.frames} frames, {stats.evaluations} evaluations, {stats.throughput:.0f} frames/s")
-print(f"latency {1e3 * stats.latency:.0f} ms; {decibels(clean[0], clean[0] + NOISE):.1f} dB before, {quality:.1f} dB after")
+print(f"latency {1e3 * stats.latency:.0f} ms; {-20 * math.log10(NOISE):.1f} dB before, {quality:.1f} dB after")
 if len(sys.argv) > 1:
     shown = torch.cat([results[i].sample for i in (0, MOVING // 2, MOVING, len(results) - 1)], dim=2)
     pixels = (shown.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
