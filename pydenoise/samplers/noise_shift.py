@@ -101,6 +101,8 @@ def calibrate_noise_shift(
 def _check(sampler, x0, radius, coarse, fine, repeats, max_batch) -> None:
     if not isinstance(sampler, Sampler):
         raise TypeError(f"sampler: expected a Sampler, got {type(sampler).__name__}")
+    if sampler.plan.start is not None:
+        raise ValueError(f"sampler: the levels of {sampler.solver.name} also depend on a degraded sample")
     if not isinstance(x0, Tensor):
         raise TypeError(f"x0: expected a tensor, got {type(x0).__name__}")
     if x0.dtype not in FLOATS or x0.dim() < 1 or x0.numel() == 0:

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import convergence as cv  # noqa: E402
 
-from pydenoise.samplers import DDIM, NoiseSchedule, Sampler  # noqa: E402
+from pydenoise.samplers import DDIM, Level, NoiseSchedule, Sampler, calibrate_noise_shift  # noqa: E402
 from pydenoise.samplers._stepper import Stepper  # noqa: E402
 from pydenoise.samplers.plan import Conversion  # noqa: E402
 from pydenoise.samplers.rddm import RDDM, residual_schedule, residual_schedule_of  # noqa: E402
@@ -230,6 +230,11 @@ def test_guidance_of_one_head():
     (lambda: residual_schedule(10, "1"), TypeError, "sum_scale"),
     (lambda: residual_schedule_of(NoiseSchedule.flow()), ValueError, "schedule"),
     (lambda: residual_schedule().level(1.5), ValueError, "t: expected a whole timestep"),
+    (lambda: residual_schedule().time_of(0.0), ValueError, "log_snr: a 'residual' schedule"),
+    (lambda: Level.of_log_snr(0.0, "residual"), ValueError, "kind: a 'residual' schedule"),
+    (lambda: residual_schedule().alphas_cumprod, ValueError, "alphas_cumprod"),
+    (lambda: calibrate_noise_shift(Sampler(lambda x, t: x, residual_schedule(), RDDM(), 5), torch.zeros(1, 2)),
+     ValueError, "sampler: the levels of RDDM"),
     (lambda: RDDM().timesteps(residual_schedule(), 1001), ValueError, "num_steps: expected at most 1000"),
     (lambda: RDDM().timesteps(residual_schedule(), 0), ValueError, "num_steps"),
     (lambda: RDDM().plan(residual_schedule(), [500, 100], Conversion()), ValueError, "timesteps: expected 999 first"),
