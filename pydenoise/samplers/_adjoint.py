@@ -19,8 +19,7 @@ from torch import Tensor
 
 from pydenoise import step_row as C
 from pydenoise.samplers._differentiable import Model, Sums
-from pydenoise.samplers._loop import Loop
-from pydenoise.samplers._row_gradient import CallState
+from pydenoise.samplers._loop import CallState, Loop
 from pydenoise.samplers.levels import Level
 from pydenoise.samplers.plan import Control, Conversion, Plan
 

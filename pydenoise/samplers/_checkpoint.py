@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pydenoise import step_row as C
 from pydenoise.samplers._differentiable import Model, Sums
-from pydenoise.samplers._loop import Loop
+from pydenoise.samplers._loop import CallState, Loop
 from pydenoise.samplers._noise import initial_noise
-from pydenoise.samplers._row_gradient import CallState, Limit, transposed_row
+from pydenoise.samplers._row_gradient import Limit, transposed_row
 from pydenoise.samplers.plan import Control
 
 Action = tuple[str, int, int]

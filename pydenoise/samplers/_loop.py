@@ -10,7 +10,6 @@ from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._graph import Graphs
 from pydenoise.samplers._noise import START_CALL, degraded_start
-from pydenoise.samplers._row_gradient import CallState
 from pydenoise.samplers.plan import Control, Plan, Run
 
 NO_FAULT = 2**31 - 1
@@ -53,6 +52,25 @@ class State:
     table: Tensor
     input_scales: tuple[float, ...]
     backend: str
+
+
+@dataclass
+class CallState:
+    """What a call of the model begins with, or the gradients with respect to it.
+
+    Args:
+        sample: [B, ...].
+        base: the saved sample [B, ...], for solvers that have one.
+        history: [slots, B, ...], for solvers that have one.
+    """
+
+    sample: Tensor
+    base: Tensor | None = None
+    history: Tensor | None = None
+
+    def map(self, function) -> "CallState":
+        """``function`` of each tensor."""
+        return CallState(*(None if t is None else function(t) for t in (self.sample, self.base, self.history)))
 
 
 class Loop:

@@ -12,27 +12,9 @@ import torch
 from torch import Tensor
 
 from pydenoise import step_row as C
+from pydenoise.samplers._loop import CallState
 
 _KEPT = (C.KEPT_SAMPLE, C.KEPT_BASE, C.KEPT_M, C.KEPT_OUT, *range(C.KEPT_HISTORY, C.KEPT_HISTORY + C.SLOTS))
-
-
-@dataclass
-class CallState:
-    """What a call of the model begins with, or the gradients with respect to it.
-
-    Args:
-        sample: [B, ...].
-        base: the saved sample [B, ...], for solvers that have one.
-        history: [slots, B, ...], for solvers that have one.
-    """
-
-    sample: Tensor
-    base: Tensor | None = None
-    history: Tensor | None = None
-
-    def map(self, function) -> "CallState":
-        """``function`` of each tensor."""
-        return CallState(*(None if t is None else function(t) for t in (self.sample, self.base, self.history)))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from torch import Tensor
 from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._conditions import Conditions
-from pydenoise.samplers._loop import Loop
-from pydenoise.samplers._row_gradient import CallState
+from pydenoise.samplers._loop import CallState, Loop
 from pydenoise.samplers.levels import check_count
 from pydenoise.samplers.plan import Plan
 from pydenoise.samplers.runtime import FLOATS, Sampler
