@@ -23,6 +23,13 @@ def initial_noise(
     return PF.sampler_step(x, None, table, seed=keys, step=number, out=x, backend=backend)
 
 
+def gumbel_noise(shape: tuple[int, ...], keys: Tensor, backend: str, number: int) -> Tensor:
+    """float64 [B, ...]: added to logits, their argmax is drawn by softmax."""
+    z = initial_noise(shape, keys, 1.0, torch.float32, backend, number)
+    uniform = torch.special.ndtr(z.double()).clamp(1e-12, 1 - 1e-12)
+    return -(-uniform.log()).log()
+
+
 def degraded_start(
     y: Tensor, start: tuple[float, float], keys: Tensor | None, noise: Tensor | None, out: Tensor, backend: str
 ) -> None:

@@ -19,7 +19,7 @@ from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._conditions import Conditions
 from pydenoise.samplers._evaluate import evaluate
-from pydenoise.samplers._noise import initial_noise
+from pydenoise.samplers._noise import gumbel_noise, initial_noise
 from pydenoise.samplers._seeds import Generator, Seed, SeedStream, sample_keys
 from pydenoise.samplers.levels import Level, NoiseSchedule, check_count
 from pydenoise.samplers.plan import Control, Conversion, Launch, Plan, Run, Solver
@@ -205,10 +205,8 @@ class _Walk:
         if bool(logits.isnan().any()):
             raise ValueError(f"classifier: NaN after {self._count} steps of the chain")
         if self._own.choice == "draw":
-            number = _CHOICE + self._count
-            z = initial_noise(expected, self._keys, 1.0, torch.float32, self._sampler._setting.backend, number)
-            uniform = torch.special.ndtr(z.double()).clamp(1e-12, 1 - 1e-12)
-            logits = logits.double() - (-uniform.log()).log()
+            backend = self._sampler._setting.backend
+            logits = logits.double() + gumbel_noise(expected, self._keys, backend, _CHOICE + self._count)
         return self._sigmas[logits.argmax(1)]
 
 

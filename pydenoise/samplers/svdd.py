@@ -16,7 +16,7 @@ from pydenoise import functional as PF
 from pydenoise import step_row as C
 from pydenoise.samplers._conditions import Conditions
 from pydenoise.samplers._evaluate import evaluate, repeated
-from pydenoise.samplers._noise import initial_noise
+from pydenoise.samplers._noise import gumbel_noise, initial_noise
 from pydenoise.samplers._progress import Progress
 from pydenoise.samplers._seeds import Generator, Seed, sample_keys
 from pydenoise.samplers.levels import check_count
@@ -240,6 +240,5 @@ class _Run:
         """int64 [B]: the best candidate, or one drawn by adding Gumbel noise to value / alpha."""
         if self._own.alpha is None:
             return values.argmax(1)
-        z = initial_noise(tuple(values.shape), self._keys, 1.0, torch.float32, self._backend, _CHOICE + call)
-        uniform = torch.special.ndtr(z.double()).clamp(1e-12, 1 - 1e-12)
-        return (values / self._own.alpha - (-uniform.log()).log()).argmax(1)
+        noise = gumbel_noise(tuple(values.shape), self._keys, self._backend, _CHOICE + call)
+        return (values / self._own.alpha + noise).argmax(1)
