@@ -4,12 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 SUITE ?=
 export PYDENOISE_CACHE ?= $(CURDIR)/.cache
 
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS)
-PYTEST := $(RUN) -m pytest -q $(PYTEST_ARGS)
+# Two processes, each with torch's usual threads: an idle thread must sleep, not spin on the core of the other process.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -q -n $(JOBS) --dist worksteal $(PYTEST_ARGS)
 STAMPS := $(VENV)/.stamps
 BUILD_INPUTS := $(shell find csrc -type f) setup.py setup_cuda.py pyproject.toml constraints.txt
 CPP_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
@@ -26,7 +28,7 @@ KERNEL_TESTS := tests/kernels
 help:
 	@echo "make setup      build pydenoise in $(VENV), with torch and everything that tests and benches need"
 	@echo "make demo       photographs, heightfields and digits: tables, and pictures in demo/"
-	@echo "make test       the test suite (PYTEST_ARGS='-k tiles' and the like are passed on)"
+	@echo "make test       the test suite in JOBS=2 processes (PYTEST_ARGS='-k tiles' and the like are passed on)"
 	@echo "make test-slow  the tests that take long or need much memory"
 	@echo "make bench      time everything (SUITE=unet or another: only that)"
 	@echo "make lint       ruff and clang-format: check;  make format: rewrite"

@@ -578,7 +578,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("make, options, error, text", BAD, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    "make, options, error, text", BAD, ids=lambda value: getattr(value, "__name__", str(value)[:40])
+)
 def test_bad_arguments(make, options, error, text):
     with pytest.raises(error, match=text):
         pdn.attach_sparsed(make(), **options)

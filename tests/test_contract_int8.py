@@ -232,7 +232,11 @@ OPS = (
 )
 
 
-@pytest.mark.parametrize(("op", "row"), [(op, row) for op in OPS for row in registry.rows(op)], ids=str)
+@pytest.mark.parametrize(
+    ("op", "row"),
+    [(op, row) for op in OPS for row in registry.rows(op)],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_opcheck(op, row):
     args = first_args(op, device_of(row))
     if (reason := row.unsupported(*args)) is not None:

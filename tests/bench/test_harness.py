@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -300,7 +301,9 @@ def test_the_pytest_benchmark_entry_points_run(tmp_path):
     words = ["--quick", "--benchmark-only", "--benchmark-max-time=0.01", f"--benchmark-json={written}"]
     chosen = ["-k", "skinny and (torch-channels-last or ours-triton)", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", str(folder), *words, *chosen]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)
+    # A process of pytest-xdist would otherwise tell its own subprocess that it is one, where benchmarks do not run.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     (entry,) = json.loads(written.read_text())["benchmarks"]
     assert entry["extra_info"]["provider"] == "torch-channels-last"

@@ -40,7 +40,11 @@ OWN_LEVELS = {  # of harnesses whose kernels have bodies of their own for VNNI, 
 }
 RUNS = [(harness, level) for harness in HARNESSES for level in OWN_LEVELS.get(harness, FLOAT_LEVELS)]
 EMULATED = {"baseline": "Nehalem", "avx2": "Haswell"}
-SANITIZERS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
+# The last three halve the time of compilation: instrumented kernels are large functions, and need not be fast.
+SANITIZERS = [
+    "-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover",
+    "-fno-tree-pta", "-fira-region=one", "-fira-algorithm=priority",
+]  # fmt: skip
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),

@@ -58,7 +58,9 @@ class Returns(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "wrap", [lambda y: y, lambda y: (y, None), lambda y: [y], lambda y: SimpleNamespace(sample=y)], ids=str
+    "wrap",
+    [lambda y: y, lambda y: (y, None), lambda y: [y], lambda y: SimpleNamespace(sample=y)],
+    ids=["tensor", "tuple", "list", "sample"],
 )
 def test_every_kind_of_result(wrap):
     assert_close(DiffusersModel(Returns(wrap))(X, torch.tensor(7)), 2 * X)
