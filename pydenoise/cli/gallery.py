@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pydenoise.cli.gallery_chains
+import pydenoise.cli.gallery_restoration  # noqa: F401  both put their entries on the list
 from pydenoise.cli.denoise import positive
 from pydenoise.cli.gallery_entries import ENTRIES, Entry, Panel
 from pydenoise.cli.sample import seed_number
@@ -27,7 +29,8 @@ def add_parser(subparsers) -> None:
         "gallery",
         help="draw what the samplers can do on one sheet",
         description="Run the samplers of pydenoise.samplers on real data - the digits denoiser that ships with "
-        "pydenoise, photographs of scikit-image - and draw one contact sheet with captions.",
+        "pydenoise, digits of scikit-learn, photographs of scikit-image, a magnetic resonance image of nibabel - and "
+        "draw one contact sheet with captions.",
     )
     add = parser.add_argument
     add("--only", choices=names, nargs="+", metavar="NAME", help=f"of {', '.join(names)} (default: all)")

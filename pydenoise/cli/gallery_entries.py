@@ -1,10 +1,10 @@
 """What ``pydenoise gallery`` shows: entries, each a function of a seed that returns pictures.
 
-Add one: write the function, decorate it with ``entry``. It runs for seconds at most, on data that is at hand offline,
-and says in its captions what one sees.
+Add one: write the function, decorate it with ``entry``; further files of entries are imported by ``gallery``. It runs
+for seconds at most, on data that is at hand offline, and says in its captions what one sees.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,7 @@ def to_pixels(image: "Tensor", low: float = -1.0, high: float = 1.0) -> "np.ndar
     return pixels.contiguous().cpu().numpy()
 
 
-def _strip(digits: "Tensor", caption: str) -> Panel:
+def strip(digits: "Tensor", caption: str) -> Panel:
     """Digits [N, 1, 8, 8] beside each other, ink black."""
     import torch
 
@@ -85,7 +85,7 @@ def digits(seed: int) -> list[Panel]:
     for steps in (5, 10, 50):
         sampler = Sampler(model, NoiseSchedule.linear(), DDIM(), steps, guidance_scale=2.0)
         images = sampler.sample(shape=(10, 1, 8, 8), seed=[seed + label for label in range(10)], **told)
-        panels.append(_strip(images, f"{steps} steps"))
+        panels.append(strip(images, f"{steps} steps"))
     return panels
 
 
@@ -100,7 +100,7 @@ def panorama(seed: int) -> list[Panel]:
     from pydenoise.samplers import DPMSolverPP, NoiseSchedule, OverlappedWindows, Sampler, ShiftedWindows
 
     schedule, side = NoiseSchedule.linear(), 16
-    texture, counted = _texture_denoiser(_photograph(), side, schedule), []
+    texture, counted = texture_denoiser([photograph()], side, schedule), []
 
     def denoiser(x: "Tensor", t: "Tensor") -> "Tensor":
         counted.append(len(x))
@@ -124,7 +124,7 @@ def panorama(seed: int) -> list[Panel]:
     return panels
 
 
-def _photograph() -> "Tensor":
+def photograph() -> "Tensor":
     """scikit-image's coffee, [3, 100, 150], from -1 to 1."""
     import torch
     from skimage import data
@@ -133,12 +133,12 @@ def _photograph() -> "Tensor":
     return torch.nn.functional.avg_pool2d(pixels, 4)
 
 
-def _texture_denoiser(image: "Tensor", side: int, schedule) -> Callable:
-    """The best prediction of the noise for normal patches with the mean and the covariance of those of ``image``."""
+def texture_denoiser(images: "Sequence[Tensor]", side: int, schedule) -> Callable:
+    """The best prediction of the noise for normal patches with the mean and the covariance of those of ``images``."""
     import torch
 
-    patches = torch.nn.functional.unfold(image[None], side, stride=2)[0].T
-    mean = image.mean((1, 2)).repeat_interleave(side * side)
+    patches = torch.cat([torch.nn.functional.unfold(image[None], side, stride=2)[0].T for image in images])
+    mean = torch.stack([image.mean((1, 2)) for image in images]).mean(0).repeat_interleave(side * side)
     variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
     variances, alphas_cumprod = variances.clamp(min=0), schedule.alphas_cumprod.float()
 
@@ -170,10 +170,10 @@ def edit(seed: int) -> list[Panel]:
     found = EditFriendly(sampler).invert(images, conditioning={"labels": labels}, unconditional=nothing, seed=seed)
     again = found.reconstruct({"labels": labels}, nothing)
     error = float((again - images).abs().max())
-    panels = [_strip(images, "scikit-learn's"), _strip(again, f"reconstructed: at most {error:.1g} away")]
+    panels = [strip(images, "scikit-learn's"), strip(again, f"reconstructed: at most {error:.1g} away")]
     for other in (3, 8):
         told = {"labels": torch.full_like(labels, other)}
-        panels.append(_strip(found.edit(told, nothing, skip=5, guidance_scale=3.0), f"as {other}, 20 of 25 steps"))
+        panels.append(strip(found.edit(told, nothing, skip=5, guidance_scale=3.0), f"as {other}, 20 of 25 steps"))
     return panels
 
 
@@ -195,5 +195,5 @@ def reward(seed: int) -> list[Panel]:
         ("little ink", SVDD(sampler, lambda x0: -ink(x0), candidates=8).sample(**given)),
         ("much ink", SVDD(sampler, ink, candidates=8).sample(**given)),
     ):
-        panels.append(_strip(images, f"{caption}: {50 * float(1 + ink(images).mean()):.0f} % of the paper"))
+        panels.append(strip(images, f"{caption}: {50 * float(1 + ink(images).mean()):.0f} % of the paper"))
     return panels
