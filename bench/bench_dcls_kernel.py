@@ -1,7 +1,7 @@
 """DCLS: construction of kernels and whole layers, against torch.
 
-    python bench/bench_dcls_kernel.py [--threads 1] [--seconds 4] [--cases construct]   # interleaved, with ratios
-    pytest bench/bench_dcls_kernel.py --benchmark-only                                  # one provider after the other
+python bench/bench_dcls_kernel.py [--threads 1] [--seconds 4] [--cases construct]   # interleaved, with ratios
+pytest bench/bench_dcls_kernel.py --benchmark-only                                  # one provider after the other
 """
 
 import argparse

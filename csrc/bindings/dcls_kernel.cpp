@@ -1,11 +1,10 @@
-// Torch ops of the CPU kernels that construct DCLS kernels. Arguments were checked in Python; what is checked again here
-// is what would make a kernel touch memory that is not its own.
-#include "../dcls_kernel/dispatch.h"
-
+// Torch ops of the CPU kernels that construct DCLS kernels. Arguments were checked in Python; what is checked again
+// here is what would make a kernel touch memory that is not its own.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "../dcls_kernel/dispatch.h"
 #include "tape.h"
 #include "tensors.h"
 

@@ -15,7 +15,7 @@ namespace {
 using attention::exp2_negative;
 using attention::kLog2E;
 
-constexpr int64_t kChunk = 8;       // components whose factors are held at once
+constexpr int64_t kChunk = 8;        // components whose factors are held at once
 constexpr float kLeastMass = 1e-7f;  // as in pydenoise/reference/dcls_kernel.py
 constexpr int64_t kVector = kWidth;  // floats of a vector, in strides
 
@@ -36,7 +36,7 @@ struct Scratch {
         const int64_t components = padded(p.components);
         outer = p.axis[0].size * p.axis[1].size, inner = p.axis[2].size, end = 0;
         const auto take = [&](int64_t vectors) {
-            float* here = memory + end;
+            float* here = memory ? memory + end : nullptr;
             end += vectors * kVector;
             return here;
         };

@@ -39,9 +39,7 @@ def untracked(*tensors: Tensor | None) -> bool:
             continue
         if type(tensor) not in _PLAIN_TENSORS or (gradients and tensor.requires_grad) or tensor.is_meta:
             return False
-    return not (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    )
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
 
 
 def have_versions(*tensors: Tensor | None) -> bool:

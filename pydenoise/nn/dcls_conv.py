@@ -102,7 +102,7 @@ class DclsConvNd(nn.Module):
     # ------------------------------------------------------------------------------------------------ parameters
 
     def reset_parameters(self) -> None:
-        """Draw weight and bias as torch's convolutions do, over ``kernel_count`` taps, and positions near the centre."""
+        """Draw weight and bias as torch's convolutions do, for ``kernel_count`` taps; positions near the centre."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.weight[0].numel())

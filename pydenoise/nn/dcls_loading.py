@@ -1,7 +1,7 @@
 """State dicts of DCLS layers whose positions are read another way: of the published package, or of ``compat=``.
 
-The published package moves the last axis of a kernel with P[0], and centres an axis by the size of another one. Both are
-undone exactly: positions and widths change their places, and positions move by a whole number of taps.
+The published package moves the last axis of a kernel with P[0], and centres an axis by the size of another one. Both
+are undone exactly: positions and widths change their places, and positions move by a whole number of taps.
 """
 
 from collections import OrderedDict
@@ -127,7 +127,9 @@ def _converted(
         if wider:
             changed["SIG"] = _widened(name, changed["SIG"], wider)
             changes.append(f"SIG is |SIG| {wider:+.2f}")
-    return changed, DclsLoadedLayer(name, tuple(changes), _difference(layer, own, changed), _outside(layer, changed["P"]))
+    return changed, DclsLoadedLayer(
+        name, tuple(changes), _difference(layer, own, changed), _outside(layer, changed["P"])
+    )
 
 
 def _widened(name: str, SIG: Tensor, wider: float) -> Tensor:
@@ -151,7 +153,7 @@ def _outside(layer: dcls_conv.DclsConvNd, P: Tensor | None) -> int:
 
 @torch.no_grad()
 def _difference(layer: dcls_conv.DclsConvNd, own: Mapping[str, Tensor], changed: Mapping[str, Tensor]) -> float:
-    """How far the kernel of ``own`` is from that of ``changed``, over its largest tap; NaN where entries are missing."""
+    """How far the kernel of ``own`` is from that of ``changed``, over its largest tap; NaN where one is missing."""
     if "weight" not in own or ("SIG" in own) != op.has_widths(layer.version) or own["weight"].is_meta:
         return float("nan")
     wrong, right = (

@@ -1,4 +1,4 @@
-"""Convolutions with learnable spacings along one axis only; parameters as in the published Dcls2_1d, Dcls3_1d, Dcls2dK1d.
+"""Convolutions with learnable spacings along one axis only: the published Dcls2_1d, Dcls3_1d and Dcls2dK1d.
 
 Source: Khalfaoui-Hassani et al., https://arxiv.org/abs/2306.00817 and the delays of https://arxiv.org/abs/2306.17670.
 """
@@ -21,7 +21,7 @@ _DOC = """{dims}-D convolution whose last axis has learnable spacings; the other
         The others as in :class:`DclsConv{dims}d`.
 
     The state_dict has weight [O, I, *dense_kernel_size, C], P and SIG [1, O, I, *dense_kernel_size, C], and bias [O].
-    """
+    {more}"""
 
 
 class _DclsConvLast(DclsConvNd):
@@ -58,9 +58,7 @@ class _DclsConvLast(DclsConvNd):
 
 class DclsConv2_1d(_DclsConvLast):
     dims = 2
-    __doc__ = _DOC.format(dims=2, e="i") + (
-        '\n    With ``version="gauss"`` and ``compat="reference"`` standard deviations are |SIG| + 1, as published.\n    '
-    )
+    __doc__ = _DOC.format(dims=2, e="i", more='With "gauss", ``compat="reference"`` has s = |SIG| + 1, as published.')
 
     @staticmethod
     def gauss_spread(compat: str | None) -> float:
@@ -70,7 +68,7 @@ class DclsConv2_1d(_DclsConvLast):
 
 class DclsConv3_1d(_DclsConvLast):
     dims = 3
-    __doc__ = _DOC.format(dims=3, e="e")
+    __doc__ = _DOC.format(dims=3, e="e", more="")
 
 
 class DclsConv2dK1d(DclsConvNd):

@@ -1,4 +1,4 @@
-"""Construction of DCLS kernels: argument checks, the torch op with its fake kernel and autograd, and the backend rows."""
+"""Construction of DCLS kernels: argument checks, the torch op with fake kernel and autograd, and the backend rows."""
 
 from collections.abc import Sequence
 
@@ -59,8 +59,8 @@ def dcls_kernel(
         backend: "auto" or one of "cpu", "triton", "reference"; see :func:`pydenoise.explain`.
 
     Returns:
-        [O, I, *dilated_kernel_size], row-major, of ``weight``'s dtype. Differentiable in weight, P and SIG. The compiled
-        backends compute in float32.
+        [O, I, *dilated_kernel_size], row-major, of ``weight``'s dtype. Differentiable in weight, P and SIG. 16-bit
+        parameters are computed in float32.
 
     Raises:
         TypeError, ValueError: a bad argument; the message names it.
@@ -143,9 +143,7 @@ def has_widths(version: str) -> bool:
     return version in ("gauss", "max")
 
 
-def axes_and_centres(
-    size: Sequence[int], version: str, compat: str | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def axes_and_centres(size: Sequence[int], version: str, compat: str | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For each axis of the kernel: which P moves along it, and the tap where that P is 0."""
     dims = len(size)
     if compat is None:

@@ -1,7 +1,7 @@
 """Kernels of dilated convolutions with learnable spacings (DCLS) in plain torch: construction and gradients.
 
-Every component c of a pair (output channel, input channel) has a weight, a position P and perhaps a width SIG along each
-axis. Tap i of an axis lies at distance d = i - centre - P from the component and gets the factor u(i): a Gaussian
+Every component c of a pair (output channel, input channel) has a weight, a position P and perhaps a width SIG along
+each axis. Tap i of an axis lies at distance d = i - centre - P from the component and gets the factor u(i): a Gaussian
 exp(-(d / s)^2 / 2) or a hat max(0, s - |d|). The kernel is the sum over c of W / n times the product of the factors,
 with n the sum of that product over all taps, plus 1e-7, or 1 where the kernel is not normalised.
 
@@ -18,6 +18,11 @@ from torch import Tensor
 
 LEAST_MASS = 1e-7  # added to a component's mass, which is 0 where all of it lies outside the kernel
 _LETTERS = "xyz"
+
+
+def _single(*tensors: Tensor | None) -> list[Tensor | None]:
+    """16-bit tensors in float32: 1e-7 is nothing in half precision."""
+    return [t if t is None or t.element_size() > 2 else t.float() for t in tensors]
 
 
 def _distances(P: Tensor, size: int, centre: int) -> Tensor:
@@ -55,15 +60,18 @@ def dcls_kernel(
     """The kernel [O, I, *size] of ``weight`` [O, I, C], ``P`` and ``SIG`` [D, O, I, C].
 
     Axis a of the kernel is moved by P[axes[a]], which counts from tap centres[a]. Hats have half a base of |SIG| +
-    ``spread``, Gaussians that standard deviation; SIG ``None`` stands for zeros.
+    ``spread``, Gaussians that standard deviation; SIG ``None`` stands for zeros. 16-bit tensors are
+    computed in float32.
     """
+    dtype = weight.dtype
+    weight, P, SIG = _single(weight, P, SIG)
     _, _, factors = _all_factors(weight, P, SIG, size, axes, centres, gauss, spread)
     scaled = weight
     if normalized:
         scaled = weight / (math.prod(u.sum(-1) for u in factors) + LEAST_MASS)
     letters = _LETTERS[: len(size)]
     terms = ",".join(f"oic{letter}" for letter in letters)
-    return torch.einsum(f"oic,{terms}->oi{letters}", scaled, *factors)
+    return torch.einsum(f"oic,{terms}->oi{letters}", scaled, *factors).to(dtype)
 
 
 def dcls_kernel_backward(
@@ -74,6 +82,8 @@ def dcls_kernel_backward(
 
     At the kinks of the hats the derivatives are those of torch's ``abs`` and ``relu``: 0.
     """
+    dtype = weight.dtype
+    grad, weight, P, SIG = _single(grad, weight, P, SIG)
     distances, widths, factors = _all_factors(weight, P, SIG, size, axes, centres, gauss, spread)
     contracted = [_contracted(grad, factors, axis) for axis in range(len(size))]
     product = (contracted[0] * factors[0]).sum(-1)  # of the gradient and the component, over all taps
@@ -93,10 +103,10 @@ def dcls_kernel_backward(
             positions.append((du * d.sign()).sum(-1))
             spreads.append(du.sum(-1))
     order = [list(axes).index(m) for m in range(len(size))]
-    dP = torch.stack([positions[axis] for axis in order])
+    dweight, dP = (product / mass).to(dtype), torch.stack([positions[axis] for axis in order]).to(dtype)
     if SIG is None:
-        return product / mass, dP, None
-    return product / mass, dP, torch.stack([spreads[axis] for axis in order]) * SIG.sign()
+        return dweight, dP, None
+    return dweight, dP, (torch.stack([spreads[axis] for axis in order]) * SIG.sign()).to(dtype)
 
 
 def _contracted(grad: Tensor, factors: list[Tensor], axis: int) -> Tensor:

@@ -9,7 +9,7 @@ import pydenoise.functional as PF
 from pydenoise.ops import registry
 from pydenoise.reference import dcls_kernel as reference
 from pydenoise.testing import assert_accurate
-from pydenoise.testing.dcls_kernel import DCLS_KERNEL_CASES
+from pydenoise.testing.dcls_kernel import DCLS_KERNEL_CASES, rounding_scale
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -22,16 +22,27 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cpu" if _tiles.interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16) if _tiles.interpreting() else (torch.float32, torch.float16, torch.bfloat16)
 CASES = {case.name: case for case in DCLS_KERNEL_CASES}
-SLOW = {"depthwise17", "depthwise17_v1"}  # in the interpreter
-SMALL = [case for case in DCLS_KERNEL_CASES if case.name not in SLOW or not _tiles.interpreting()]
+MOST_PAIRS = 8 if _tiles.interpreting() else 2**20  # a program each
 
 
 def wide(args: tuple, dtype: torch.dtype = torch.float64) -> tuple:
     return tuple(a.cpu().to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
 
 
+def problem(case, dtype) -> tuple[torch.Tensor, tuple]:
+    """The kernel's gradient and the arguments, of the first output channels."""
+    count = max(1, MOST_PAIRS // case.shape[1])
+    weight, P, SIG, *rest = case.args(dtype, DEVICE)
+    return case.grad(dtype, DEVICE)[:count], (
+        weight[:count],
+        P[:, :count],
+        None if SIG is None else SIG[:, :count],
+        *rest,
+    )
+
+
 def check(case, dtype) -> None:
-    args, grad = case.args(dtype, DEVICE), case.grad(dtype, DEVICE)
+    grad, args = problem(case, dtype)
     kernel, grads = kernels.forward(*args), kernels.backward(grad, *args)
     exact, own = reference.dcls_kernel(*wide(args)), reference.dcls_kernel(*wide(args, dtype))
     assert_accurate(kernel, exact, own, what=f"{case.name}, {case.why}")
@@ -40,10 +51,11 @@ def check(case, dtype) -> None:
     for name, got, true, torchs in zip(("weight", "P", "SIG"), grads, exact, own, strict=True):
         assert (got is None) == (true is None)
         if got is not None:
-            assert_accurate(got, true, torchs, what=f"gradient of {name}: {case.name}")
+            scale = None if name == "weight" else rounding_scale(true, grad, args)
+            assert_accurate(got, true, torchs, what=f"gradient of {name}: {case.name}", scale=scale)
 
 
-@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", DCLS_KERNEL_CASES, ids=lambda case: case.name)
 def test_cases(case):
     check(case, torch.float32)
 
@@ -59,8 +71,8 @@ def test_other_dtypes(name, dtype):
 def test_every_tile(name, place):
     """Not only the tile that the launcher takes: several blocks of rows, columns and components."""
     case = CASES[name]
-    args, grad = case.args(torch.float32, DEVICE), case.grad(torch.float32, DEVICE)
-    kernel = torch.empty((*case.shape[:2], *case.size)).to(DEVICE)
+    grad, args = problem(case, torch.float32)
+    kernel = torch.empty(grad.shape).to(DEVICE)
     grads = [None if t is None else torch.empty(t.shape).to(DEVICE) for t in args[:3]]
     kernels.plan_forward(*args, kernel).run(kernels.CONSTRUCT.variants[place].config())
     kernels.plan_backward(grad, *args, *grads).run(kernels.GRADIENT.variants[place].config())
@@ -71,7 +83,7 @@ def test_every_tile(name, place):
 
 
 def test_nan_stays():
-    weight, P, SIG = CASES["oblong"].tensors(torch.float32)
+    weight, P, SIG = (t[..., :6, :, :] for t in CASES["oblong"].tensors(torch.float32))
     P[1, 4, 0, 2] = torch.nan
     for version, widths in (("gauss", SIG), ("v1", None)):
         widths = None if widths is None else widths.to(DEVICE)
@@ -80,7 +92,7 @@ def test_nan_stays():
 
 
 def test_functional_and_reasons():
-    tensors = [t.to(DEVICE).requires_grad_() for t in CASES["oblong"].tensors(torch.float32)]
+    tensors = [t[..., :6, :, :].to(DEVICE).requires_grad_() for t in CASES["oblong"].tensors(torch.float32)]
     kernel = PF.dcls_kernel(*tensors, (5, 9), backend="triton")
     grads = torch.autograd.grad(kernel.square().sum(), tensors)
     others = [t.detach().cpu().requires_grad_() for t in tensors]
