@@ -116,7 +116,7 @@ struct Problem {
 
 // The largest error over the largest value.
 struct Error {
-    double worst = 0, largest = 1e-2;
+    double worst = 0, largest = 1;
     void add(double got, double exact) {
         worst = std::max(worst, got == got ? std::fabs(got - exact) : INFINITY);
         largest = std::max(largest, std::fabs(exact));
