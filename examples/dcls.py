@@ -15,9 +15,9 @@ ECHOES = {(-5, 2): 0.8, (3, -4): 0.5, (1, 6): -0.6}  # (down, right): strength
 SIZE = 17
 
 
-def pictures(count: int, size: int = 48) -> torch.Tensor:
+def pictures(count: int, size: int = 32) -> torch.Tensor:
     """Smooth random pictures, [count, 1, size, size]."""
-    coarse = torch.randn(count, 1, size // 6, size // 6)
+    coarse = torch.randn(count, 1, size // 3, size // 3)
     return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=False)
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         layer.SIG.fill_(3.0)  # broad at first: a component feels what lies around it
     places = {"params": [layer.P, layer.SIG], "lr": 0.1}
     optimizer = torch.optim.Adam([{"params": [layer.weight], "lr": 0.03}, places])
-    for step in range(601):
+    for step in range(451):
         x = pictures(8)
         loss = F.mse_loss(layer(x), F.conv2d(x, kernel, padding=SIZE // 2))
         optimizer.zero_grad()
