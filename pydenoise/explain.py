@@ -7,6 +7,7 @@ from pydenoise.ops import (
     attention,
     block_importance,
     block_sparse_attention,
+    dcls_kernel,
     int8_conv2d,
     int8_linear,
     norm_quantize,
@@ -61,6 +62,7 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
     "sampler_step": (sampler_step.OP, sampler_step.prepare),
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
+    "dcls_kernel": (dcls_kernel.OP, dcls_kernel.prepare),
 }
 
 

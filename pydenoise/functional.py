@@ -3,6 +3,7 @@
 from pydenoise.ops.attention import attention
 from pydenoise.ops.block_importance import block_importance
 from pydenoise.ops.block_sparse_attention import block_sparse_attention
+from pydenoise.ops.dcls_kernel import dcls_kernel
 from pydenoise.ops.int8_conv2d import int8_conv2d
 from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
@@ -19,6 +20,7 @@ __all__ = [
     "attention",
     "block_importance",
     "block_sparse_attention",
+    "dcls_kernel",
     "dequantize",
     "group_norm_silu_quantize",
     "int8_conv2d",

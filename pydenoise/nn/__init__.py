@@ -1,6 +1,9 @@
 """Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
 
 from pydenoise.nn._plans import Request
+from pydenoise.nn.dcls_conv import DclsConv1d, DclsConv2d, DclsConv3d
+from pydenoise.nn.dcls_loading import DclsLoadReport, load_dcls_state_dict
+from pydenoise.nn.dcls_variants import DclsConv2_1d, DclsConv2dK1d, DclsConv3_1d
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
 from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
 from pydenoise.nn.int8_chain import Int8Chain
@@ -18,6 +21,13 @@ from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedC
 
 __all__ = [
     "AttentionSpec",
+    "DclsConv1d",
+    "DclsConv2_1d",
+    "DclsConv2d",
+    "DclsConv2dK1d",
+    "DclsConv3_1d",
+    "DclsConv3d",
+    "DclsLoadReport",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
@@ -39,4 +49,5 @@ __all__ = [
     "WeightedConv1d",
     "WeightedConv2d",
     "WeightedConv3d",
+    "load_dcls_state_dict",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pydenoise import densities
+from pydenoise.nn._fingerprint import Fingerprint, have_versions, untracked
 from pydenoise.ops import weighted_conv as op
 from pydenoise.ops._arguments import check_choice, int_tuple
 from pydenoise.reference.weighted_conv import effective_weight
@@ -23,7 +24,6 @@ _FUNCTIONS: dict[int, Callable[..., Tensor]] = {
     2: op.weighted_conv2d,
     3: op.weighted_conv3d,
 }
-_PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 class _Start(NamedTuple):
@@ -60,36 +60,12 @@ def _start_density(density, kernel: tuple[int, ...], trainable: bool) -> _Start:
     return _Start(dense=densities.outer_product(lists))
 
 
-class _Fingerprint:
-    """Tells whether a tensor still has the values it had. Its storage is kept alive, so its address is not used anew.
-
-    Identity, address and version counter see every ordinary change; writes through ``tensor.data``, as helpers for
-    moving averages do them, move no counter, and are seen through a sample of the values.
-    """
-
-    __slots__ = ("tensor", "pointer", "version", "view", "sample")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.pointer, self.version = tensor, tensor.data_ptr(), tensor._version
-        view = tensor.detach()
-        self.view = view if view.numel() <= 512 else view[:: max(1, view.shape[0] // 8), 0]
-        self.sample = self.view.clone()
-
-    def holds_for(self, tensor: Tensor) -> bool:
-        return (
-            tensor is self.tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.pointer
-            and torch.equal(self.view, self.sample)
-        )
-
-
 class _Cache(NamedTuple):
     """The weight as the inference path wants it, and what it was made from."""
 
     key: tuple
-    weight: _Fingerprint
-    density: _Fingerprint | None
+    weight: Fingerprint
+    density: Fingerprint | None
     packed: op.PackedWeight | None
     folded: Tensor | None  # weight * density, where no backend packs
     padding: tuple[int, ...]  # (low, high) per axis
@@ -102,15 +78,10 @@ class _Cache(NamedTuple):
 
 def _may_cache(input: Tensor, weight: Tensor, density: Tensor | None, bias: Tensor | None) -> bool:
     """Whether a call may use a weight packed by an earlier one: plain CPU tensors, no gradients, no tracing."""
-    gradients = torch.is_grad_enabled()
-    for tensor in (input, weight, density, bias):
-        if tensor is None:
-            continue
-        if type(tensor) not in _PLAIN_TENSORS or not tensor.is_cpu or (gradients and tensor.requires_grad):
-            return False
-    if weight.is_inference() or (density is not None and density.is_inference()):  # they have no version counter
+    if not untracked(input, weight, density, bias) or not have_versions(weight, density):
         return False
-    return input.layout is torch.strided and not (torch.jit.is_tracing() or torch._C._are_functorch_transforms_active())
+    on_cpu = all(tensor.is_cpu for tensor in (input, weight, density, bias) if tensor is not None)
+    return on_cpu and input.layout is torch.strided
 
 
 class _WeightedConvNd(_ConvNd):
@@ -252,7 +223,7 @@ class _WeightedConvNd(_ConvNd):
 
     def _make_cache(self, key: tuple, weight: Tensor, source: Tensor | None) -> _Cache:
         dtype, algorithm, kernel, stride, padding, dilation, groups = key
-        fingerprints = _Fingerprint(weight), None if source is None else _Fingerprint(source)
+        fingerprints = Fingerprint(weight), None if source is None else Fingerprint(source)
         with torch.no_grad():
             density = self.density_function()
             if density is not None:

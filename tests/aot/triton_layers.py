@@ -8,6 +8,7 @@ from pydenoise.kernels import (
     _tiles,
     block_importance,
     block_sparse_attention,
+    dcls_kernel,
     int8_conv2d,
     int8_linear,
     norm_quantize,
@@ -362,6 +363,41 @@ STEPS = Family(
     lambda variant: 0,
 )
 
+# --------------------------------------------------------------------------------------------------------- DCLS kernels
+
+_DCLS_SIZES = {"plane": (17, 17), "line": (301,), "volume": (7, 7, 7), "small": (7, 7), "hats": (17, 17)}
+
+
+def _dcls_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """The published layer; at 90 also the rarer ones."""
+    found = [("plane", torch.float32)]
+    if arch == 90:
+        found += [(name, torch.float32) for name in ("line", "volume", "small")] + [("hats", torch.bfloat16)]
+    return tuple(found)
+
+
+def _dcls_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    size, shape = _DCLS_SIZES[name], (384, 1, 34)
+    dims = len(size)
+    weight, P = empty(*shape, dtype=dtype), empty(dims, *shape, dtype=dtype)
+    widths = None if name == "hats" else P
+    rest = (size, tuple(range(dims)), tuple(n // 2 for n in size), name != "hats", True, 0.27)
+    kernel = empty(*shape[:2], *size, dtype=dtype)
+    if variant.kernel == "dcls_kernel":
+        return dcls_kernel.plan_forward(weight, P, widths, *rest, kernel).arguments
+    return dcls_kernel.plan_backward(kernel, weight, P, widths, *rest, weight, P, widths).arguments
+
+
+DCLS = Family(
+    {kernel.name: kernel.function for kernel in dcls_kernel.KERNELS},
+    tuple(variant for kernel in dcls_kernel.KERNELS for variant in kernel.variants),
+    _dcls_problems,
+    _dcls_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 _ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
@@ -431,4 +467,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, ATTENTION)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, ATTENTION, DCLS)

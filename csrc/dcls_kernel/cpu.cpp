@@ -1,0 +1,15 @@
+// Compiled once per ISA level: PDN_ISA names the level, and the one exported symbol carries the name.
+#include "kernel.inl"
+#include "params.h"
+
+#define PDN_JOIN2(a, b) a##b
+#define PDN_JOIN(a, b) PDN_JOIN2(a, b)
+
+namespace pdn {
+namespace dcls_kernel {
+
+extern const KernelSet PDN_JOIN(kernels_, PDN_ISA);
+const KernelSet PDN_JOIN(kernels_, PDN_ISA) = {kWidth, scratch_bytes, forward, backward};
+
+}  // namespace dcls_kernel
+}  // namespace pdn
