@@ -150,6 +150,42 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase(
         "depthwise7", "large depthwise kernel", (12, 20), (7, 7), 32, 32, 2, padding=3, groups=32, activation="silu"
     ),
+    ConvCase(
+        "depthwise9",
+        "a kernel that is split once, odd channels and sizes",
+        (13, 19),
+        (9, 9),
+        35,
+        35,
+        2,
+        padding=4,
+        groups=35,
+        activation="relu",
+        residual=True,
+    ),
+    ConvCase(
+        "depthwise12x8", "even kernel, 'same': padding is asymmetric", (14, 9), (12, 8), 16, 16, padding="same", groups=16
+    ),
+    ConvCase(
+        "depthwise17",
+        "a kernel that is split twice and is larger than the image",
+        (14, 14),
+        (17, 17),
+        32,
+        32,
+        2,
+        padding=8,
+        groups=32,
+        activation="silu",
+        strides="channels_last",
+    ),
+    ConvCase(
+        "depthwise17_wide", "several regions of a large image", (22, 140), (17, 17), 8, 8, padding=8, groups=8, bias=False
+    ),
+    ConvCase("depthwise31", "the largest usual kernel", (6, 40), (31, 31), 16, 16, padding=15, groups=16),
+    ConvCase("depthwise31x5", "bands of a separable large kernel", (34, 9), (31, 5), 16, 16, padding=(15, 2), groups=16),
+    ConvCase("depthwise13_valid", "a large kernel without padding", (17, 15), (13, 13), 24, 24, groups=24),
+    ConvCase("conv1d_depthwise31", "1-D, a large kernel", (77,), (31,), 20, 20, 2, padding=15, groups=20),
     ConvCase("depthwise_stride", "depthwise, stride 2", (12, 13), (3, 3), 16, 16, stride=2, padding=1, groups=16),
     ConvCase("depthwise_multiplier", "channel multiplier 2", (9, 9), (3, 3), 8, 16, padding=1, groups=8),
     ConvCase("first_rgb", "skinny first layer, 3 channels in", (17, 33), (3, 3), 3, 64, padding=1, activation="relu"),
