@@ -125,6 +125,7 @@ int64_t large_pack_items(const ConvParams& p) { return ceil_div(p.groups, kWidth
 template <class T>
 void large_pack_block(const ConvParams& p, const LargePlan& plan, const WeightView& view, int64_t block, float* out) {
     const SplitAxis &y = plan.y, &x = plan.x;
+    const PartLists row_parts(y), column_parts(x);
     zero_vectors(out, plan.block_weights / kWidth);
     const int64_t lanes = min64(kWidth, p.groups - block * kWidth);
     for (int64_t i = 0; i < p.axis[1].kernel; ++i)
@@ -138,14 +139,11 @@ void large_pack_block(const ConvParams& p, const LargePlan& plan, const WeightVi
             }
             const vf weight = load(values);
             float* to = out + i / y.step * plan.weights_row + j / x.step * kWidth;
-            for (int64_t a = 0; a < y.parts; ++a) {
-                if (!y.uses(a, i % y.step)) continue;
-                for (int64_t b = 0; b < x.parts; ++b) {
-                    if (!x.uses(b, j % x.step)) continue;
-                    float* at = to + (a * x.parts + b) * plan.weights;
-                    store(at, load(at) + weight);
+            for (int64_t a = 0; a < y.step; ++a)
+                for (int64_t b = 0; b < x.step; ++b) {
+                    const int64_t part = row_parts.part[i % y.step][a] * x.parts + column_parts.part[j % x.step][b];
+                    store(to + part * plan.weights, load(to + part * plan.weights) + weight);
                 }
-            }
         }
 }
 

@@ -249,6 +249,7 @@ void large_grad_finish(const GradWeightParams& p, const float* partials, double*
     const LargeGradLayout layout(p);
     const LargePlan& plan = layout.plan;
     const SplitAxis &y = plan.y, &x = plan.x;
+    const PartLists row_parts(y), column_parts(x);
     const float* density = static_cast<const float*>(p.density);
     const int64_t taps = p.axis[1].kernel * p.axis[2].kernel;
     for (int64_t block = begin; block < end; ++block) {
@@ -257,15 +258,13 @@ void large_grad_finish(const GradWeightParams& p, const float* partials, double*
             const int64_t i = k / p.axis[2].kernel, j = k % p.axis[2].kernel;
             const int64_t tap = i / y.step * plan.weights_row + j / x.step * kWidth;
             vf total{};
-            for (int64_t a = 0; a < y.parts; ++a) {
-                if (!y.uses(a, i % y.step)) continue;
-                for (int64_t b = 0; b < x.parts; ++b) {
-                    if (!x.uses(b, j % x.step)) continue;
-                    const float* at = partials + block * plan.block_weights + (a * x.parts + b) * plan.weights + tap;
+            for (int64_t a = 0; a < y.step; ++a)
+                for (int64_t b = 0; b < x.step; ++b) {
+                    const int64_t part = row_parts.part[i % y.step][a] * x.parts + column_parts.part[j % x.step][b];
+                    const float* at = partials + block * plan.block_weights + part * plan.weights + tap;
                     for (int64_t chunk = 0; chunk < layout.chunks; ++chunk)
                         total += load(at + chunk * plan.blocks * plan.block_weights);
                 }
-            }
             float values[kWidth];
             store(values, total);
             double sum = 0;

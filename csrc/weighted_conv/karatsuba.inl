@@ -15,8 +15,6 @@ namespace pdn {
 namespace weighted_conv {
 namespace {
 
-constexpr int64_t kMostParts = 9;  // of an axis: split twice
-
 // One axis, split `levels` times: output piece q holds positions step * q + [0, step), input piece i the positions
 // step * i + offset + [0, 2 * step - 1), and in each of the `parts` correlations output piece q reads the input pieces
 // q + [0, taps). Part c has one digit in base 3 per split, the first split's digit foremost: 0 for (a - b) w0, 1 for
@@ -66,6 +64,19 @@ struct SplitAxis {
             if (d != 1 && d != 2 * odd) return false;
         }
         return true;
+    }
+};
+
+// The parts that use each position of a piece, as `uses` says: step of them.
+struct PartLists {
+    int64_t part[4][4];
+
+    explicit PartLists(const SplitAxis& axis) {
+        for (int64_t at = 0; at < axis.step; ++at) {
+            int64_t count = 0;
+            for (int64_t p = 0; p < axis.parts; ++p)
+                if (axis.uses(p, at)) part[at][count++] = p;
+        }
     }
 };
 
