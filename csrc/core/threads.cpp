@@ -23,8 +23,9 @@ void install_parallel_for(ParallelFor implementation) { current = implementation
 
 void parallel_for(int64_t count, int64_t grain, RangeBody body, void* context) { current(count, grain, body, context); }
 
-void* thread_scratch(int64_t bytes) {
-    static thread_local Scratch scratch;
+void* thread_scratch(int64_t bytes, int slot) {
+    static thread_local Scratch slots[2];
+    Scratch& scratch = slots[slot];
     if (scratch.bytes < bytes) {
         std::free(scratch.data);
         const int64_t rounded = (bytes + 4095) / 4096 * 4096;

@@ -24,8 +24,9 @@ void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 
-// Scratch memory of the calling thread, 64-byte aligned, valid until its next call on this thread; grows, never
-// shrinks. Null if memory is exhausted.
-void* thread_scratch(int64_t bytes);
+// Scratch memory of the calling thread, 64-byte aligned, valid until its next call with this slot (0 or 1) on this
+// thread; grows, never shrinks. Null if memory is exhausted. Slot 1 is for the body of a parallel loop whose caller
+// holds slot 0.
+void* thread_scratch(int64_t bytes, int slot = 0);
 
 }  // namespace pdn

@@ -1,6 +1,8 @@
 // Compiled once per ISA level: PDN_ISA names the level, and the one exported symbol carries the name.
 #include "depthwise.inl"
 #include "depthwise_grad.inl"
+#include "depthwise_large.inl"
+#include "depthwise_large_grad.inl"
 #include "grad_weight.inl"
 #include "kernel.inl"
 #include "params.h"
@@ -15,13 +17,13 @@ namespace weighted_conv {
 namespace {
 
 constexpr Algorithm kAlgorithms[] = {
-    kDepthwise,  kSkinnyIn, kSkinnyOut, kWinograd, kDirectF32,
+    kDepthwiseLarge, kDepthwise, kSkinnyIn, kSkinnyOut, kWinograd, kDirectF32,
 #if defined(__AVX512BF16__)
     kDirectBF16,
 #endif
 };
 
-constexpr GradAlgorithm kGradAlgorithms[] = {kGradDepthwise, kGradDirect};
+constexpr GradAlgorithm kGradAlgorithms[] = {kGradDepthwiseLarge, kGradDepthwise, kGradDirect};
 
 }  // namespace
 

@@ -122,7 +122,7 @@ void depthwise_grad_row(const GradWeightParams& p, const float* x_row, const flo
     }
 }
 
-void depthwise_grad_run(const GradWeightParams& p, float* partials, int64_t begin, int64_t end) {
+void depthwise_grad_run(const GradWeightParams& p, float* partials, int64_t begin, int64_t end, void*) {
     const DepthwiseGradLayout layout(p);
     const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
     for (int64_t item = begin; item < end; ++item) {

@@ -128,8 +128,17 @@ bool grad_weight(Isa isa, const GradWeightParams& p) {
     if (memory == nullptr) return false;
     float* partials = reinterpret_cast<float*>(memory);
     double* rows = row_bytes ? reinterpret_cast<double*>(memory + partial_bytes) : nullptr;
-    parallel_ranges(algorithm->items(p), 1,
-                    [&](int64_t begin, int64_t end) { algorithm->run(p, partials, begin, end); });
+    const int64_t scratch_bytes = algorithm->scratch_bytes ? algorithm->scratch_bytes(p) : 0;
+    std::atomic<bool> enough{true};
+    parallel_ranges(algorithm->items(p), 1, [&](int64_t begin, int64_t end) {
+        void* scratch = thread_scratch(scratch_bytes, 1);
+        if (scratch == nullptr && scratch_bytes > 0) {
+            enough = false;
+            return;
+        }
+        algorithm->run(p, partials, begin, end, scratch);
+    });
+    if (!enough) return false;
     parallel_ranges(finish_items, 1,
                     [&](int64_t begin, int64_t end) { algorithm->finish(p, partials, rows, begin, end); });
     for (int64_t k = 0; rows != nullptr && k < taps; ++k) {

@@ -157,7 +157,7 @@ void grad_rows(const GradWeightParams& p, OuterTask task, float* acc) {
     }
 }
 
-void grad_run(const GradWeightParams& p, float* partials, int64_t begin, int64_t end) {
+void grad_run(const GradWeightParams& p, float* partials, int64_t begin, int64_t end, void*) {
     const GradLayout layout(p);
     const Axis &a = p.axis[0], &b = p.axis[1], &c = p.axis[2];
     for (int64_t item = begin; item < end; ++item) {

@@ -82,16 +82,17 @@ struct GradWeightParams {
 
 // One way to compute the weight gradient at one ISA level (float32). Pixels are split into chunks by the problem alone,
 // never by the number of threads; each chunk owns partial_floats of accumulators. `run` fills them, in any split of its
-// items; `finish` adds the chunks in order and writes weight_grad, and one row of kernel-many sums per finish item from
-// which the dispatcher adds up density_grad.
+// items, with scratch_bytes of memory of its own for each thread; `finish` adds the chunks in order and writes
+// weight_grad, and one row of kernel-many sums per finish item from which the dispatcher adds up density_grad.
 struct GradAlgorithm {
     const char* name;
     const char* (*unsupported)(const GradWeightParams& p);
     int64_t (*partial_floats)(const GradWeightParams& p);  // of all chunks together
     int64_t (*items)(const GradWeightParams& p);
-    void (*run)(const GradWeightParams& p, float* partials, int64_t begin, int64_t end);
+    void (*run)(const GradWeightParams& p, float* partials, int64_t begin, int64_t end, void* scratch);
     int64_t (*finish_items)(const GradWeightParams& p);
     void (*finish)(const GradWeightParams& p, const float* partials, double* density_rows, int64_t begin, int64_t end);
+    int64_t (*scratch_bytes)(const GradWeightParams& p) = nullptr;  // per thread; null: none
 };
 
 // What one ISA level offers, each list in order of preference.

@@ -237,6 +237,21 @@ def _depthwise() -> Iterator[ConvBench]:
             yield ConvBench(conv.name, "depthwise", "one filter per channel: bound by memory", _NOT_SLOWER, conv)
 
 
+def _large_depthwise() -> Iterator[ConvBench]:
+    shapes = {(8, 96, 56): (7, 9, 13, 17, 31), (8, 384, 14): (7, 17, 31), (1, 96, 256): (7, 17, 31)}
+    bars = {17: (Bar((CONTIGUOUS, CHANNELS_LAST), speedup=1.3),)}
+    why = "large kernels, as learned spacings and ConvNets of large kernels have them"
+    for (batch, channels, size), kernels in shapes.items():
+        for kernel in kernels:
+            name = f"{kernel}x{kernel} {channels} {size}²" + (f" ×{batch}" if batch > 1 else "")
+            shape = {"size": (size, size), "kernel": (kernel, kernel), "padding": kernel // 2}
+            count = {"batch": batch, "in_channels": channels, "out_channels": channels, "groups": channels}
+            conv = _conv("depthwise17", name, **count, **shape)
+            yield ConvBench(name, "large-depthwise", why, bars.get(kernel, _NOT_SLOWER), conv)
+            if size == 56:
+                yield ConvBench(f"{name} trained", "large-depthwise", why, _NOT_SLOWER, conv, True)
+
+
 def _overhead() -> Iterator[Case]:
     tiny = _square(3, 4, 4, name="1×4×4×4", bias=True)
     bars = (Bar((CONTIGUOUS,), extra_seconds=15e-6),)
@@ -254,7 +269,7 @@ def weighted_conv_cases(quick: bool = False) -> list[Case]:
     """Suite ``weighted_conv``. ``quick`` gives one tiny case per kind, for a smoke test of the harness."""
     if quick:
         return list(_quick())
-    makers = (_inference, _training, _skinny, _winograd, _epilogue, _depthwise, _overhead, _imports)
+    makers = (_inference, _training, _skinny, _winograd, _epilogue, _depthwise, _large_depthwise, _overhead, _imports)
     return [case for maker in makers for case in maker()]
 
 

@@ -96,7 +96,9 @@ def weighted_conv2d(
         BackendUnavailable: ``backend`` cannot run this call; the message says why.
 
     The Winograd algorithm (3x3, stride 1; relative error up to 2e-5 in float32) is used only when
-    ``torch.get_float32_matmul_precision()`` is not "highest".
+    ``torch.get_float32_matmul_precision()`` is not "highest". On CPU, depthwise kernels of 8 and more taps along an
+    axis (stride and dilation 1) are computed by Karatsuba products, with the rounding error of the direct sum;
+    non-finite values are felt up to 3 pixels beyond the kernel's reach.
 
     Source: Cammarasana and Patane (2025), eq. 3.
     """

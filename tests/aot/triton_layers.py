@@ -64,7 +64,7 @@ def _weighted_problems(variant: wc.Variant, arch: int) -> tuple[Problem, ...]:
     if _is_first(variant) and variant.kernel == "conv":
         found.append("strided-2d")
     if _is_first(variant) and variant.kernel != "reduce" and arch == 90:
-        found += [f"{kind}-{form}" for form in ("1d", "3d", "wide")]
+        found += [f"{kind}-{form}" for form in ("1d", "3d", "wide", *(["large"] if kind == "depthwise" else []))]
     return tuple(
         (problem, dtype)
         for problem in found
@@ -79,16 +79,17 @@ def _weighted_arguments(variant: wc.Variant, problem: Problem) -> dict:
     channels, outputs = {"skinny": (3, 64), "depthwise": (96, 96)}.get(kind, (128, 128))
     groups = channels if kind == "depthwise" else 1
     stride = 2 if kind == "strided" else 1
-    dims, size = {"1d": (1, 4096), "2d": (2, 64), "3d": (3, 32), "wide": (2, 40000)}[form]
-    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "leaky_relu_0.1"}[form]
+    dims, size = {"1d": (1, 4096), "2d": (2, 64), "3d": (3, 32), "wide": (2, 40000), "large": (2, 64)}[form]
+    kernel = 31 if form == "large" else 3
+    activation = {"1d": "gelu", "2d": "silu", "3d": "gelu_tanh", "wide": "leaky_relu_0.1", "large": "relu"}[form]
 
     def picture(count: int, size: int) -> Tensor:
         return image(4, count, *(size,) * dims, dtype=dtype)
 
     x, y = picture(channels, size), picture(outputs, size // stride)
-    weight = empty(outputs, channels // groups, *(3,) * dims, dtype=dtype)
+    weight = empty(outputs, channels // groups, *(kernel,) * dims, dtype=dtype)
     density, bias = torch.empty_like(weight[0, 0]), torch.empty_like(weight[:, 0].flatten(1)[:, 0])
-    geometry = ((stride,) * dims, (1, 1) * dims, (1,) * dims, groups)
+    geometry = ((stride,) * dims, (kernel // 2,) * 2 * dims, (1,) * dims, groups)
     if variant.kernel in ("weight_gradient", "depthwise_weight_gradient", "reduce"):
         parts = empty(wc.density_parts(weight), density.numel(), dtype=torch.float64)
         found = wc.plan_weight_gradient(y, x, weight, density, torch.empty_like(weight), parts, *geometry)
