@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"sparse-attention": "dense and", "samplers": "means of the classes: tensor([-", "blocks-hyperspectral": "4 components; noise of"}  # and what each one prints
+PAGES = {
+    "sparse-attention": "dense and",
+    "samplers": "means of the classes: tensor([-",
+    "blocks-hyperspectral": "4 components; noise of",
+}  # and what each one prints
 
 
 @pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")

@@ -33,7 +33,11 @@ class NoiseBench(Case):
         return self.flops() / (peaks.flops("fp32") / 2)
 
     def describe(self) -> dict:
-        return super().describe() | {"input": [self.bands, *self.size], "residual": self.residual, "flops": self.flops()}
+        return super().describe() | {
+            "input": [self.bands, *self.size],
+            "residual": self.residual,
+            "flops": self.flops(),
+        }
 
 
 def hyperspectral_cases(quick: bool = False) -> list[Case]:
@@ -48,7 +52,9 @@ def hyperspectral_cases(quick: bool = False) -> list[Case]:
             bars += (Bar(against=("downdates",), speedup=2.0, subjects=("ours-hysime",)),)
             name = f"{what}, {bands} bands, {side}²"
             size = (side, side)
-            cases.append(NoiseBench(name, "hysime", "noise of every band", bars, bands=bands, size=size, residual=residual))
+            cases.append(
+                NoiseBench(name, "hysime", "noise of every band", bars, bands=bands, size=size, residual=residual)
+            )
     return cases
 
 

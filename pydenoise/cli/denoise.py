@@ -24,8 +24,8 @@ def add_parser(subparsers) -> None:
     add("input", type=Path, metavar="IN", help="PNG, JPEG or TIFF; .npy or TIFF of many bands")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="the extension decides the format")
     noise = (
-        "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75 (gray: 0-43). For "
-        "cubes in the units of their samples, and estimated if left out"
+        "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75 (gray: 0-43). "
+        "For cubes in the units of their samples, and estimated if left out"
     )
     add("--sigma", type=_sigma, metavar="S", help=noise)
     add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")

@@ -1,8 +1,8 @@
 """Denoising of hyperspectral cubes [bands, H, W]: noise and subspace estimation, low-rank and sparse restoration.
 
 A cube of many bands holds few spectra: its signal lies in a subspace of a few dimensions, and only there is there
-something to denoise. ``hysime`` finds the noise of every band and the subspace; ``fasthyde``, ``fasthyin`` (with missing
-samples) and ``l1hymixde`` (with outliers) denoise its components by any denoiser of gray images; ``hyres`` and
+something to denoise. ``hysime`` finds the noise of every band and the subspace; ``fasthyde``, ``fasthyin`` (with
+missing samples) and ``l1hymixde`` (with outliers) denoise its components by any denoiser of gray images; ``hyres`` and
 ``hyminor`` need no denoiser and no parameter.
 """
 

@@ -1,8 +1,8 @@
 """Anscombe's transform: counts with Poisson noise become values with noise of standard deviation 1.
 
 Source: Anscombe, Biometrika 1948; the inverse is the closed form that is unbiased to within 0.02 counts at a mean of 1
-and above, Makitalo and Foi, "A closed-form approximation of the exact unbiased inverse of the Anscombe variance-stabilizing
-transformation", IEEE TIP 2011.
+and above, Makitalo and Foi, "A closed-form approximation of the exact unbiased inverse of the Anscombe
+variance-stabilizing transformation", IEEE TIP 2011.
 """
 
 import math

@@ -1,9 +1,9 @@
 """Denoisers of gray images, for the components of a cube.
 
 A denoiser is any callable ``denoiser(images, sigma)``: images [K, 1, H, W] with independent noise of standard deviation
-sigma [K, 1, 1, 1] in them, result of the same shape. Components come scaled like pictures, most of their values in [0, 1].
-Two attributes say how tiles must lie for the same result as without tiles, as far as the denoiser has them: ``radius``, how
-far it looks, and ``align``, the grid of its phases.
+sigma [K, 1, 1, 1] in them, result of the same shape. Components come scaled like pictures, most of their values in
+[0, 1]. Two attributes say how tiles must lie for the same result as without tiles, as far as the denoiser has them:
+``radius``, how far it looks, and ``align``, the grid of its phases.
 """
 
 from collections.abc import Callable
@@ -86,13 +86,15 @@ class WaveletDenoiser:
 
     def __call__(self, images: Tensor, sigma: Tensor) -> Tensor:
         height, width = images.shape[-2:]
-        smallest = min(height, width) + 2 * self.align
+        smallest = min(height, width) + 2 * self.radius
         levels = fitting_levels(smallest, self.wavelet, self.levels)
         grid, limit = 2**levels, self.threshold * sigma
         total = torch.zeros_like(images)
         for row, column in self._shifts(grid):
-            before = self.align + row, self.align + column
-            after = tuple(self.align + -(size + first) % grid for size, first in zip((height, width), before, strict=True))
+            before = self.radius + row, self.radius + column
+            after = tuple(
+                self.radius + -(size + first) % grid for size, first in zip((height, width), before, strict=True)
+            )
             approximation, details = decompose(extend(images, before, after), self.wavelet, levels)
             details = [torch.where(part.abs() > limit, part, 0.0) for part in details]
             result = compose(approximation, details, self.wavelet)
@@ -101,7 +103,9 @@ class WaveletDenoiser:
 
     def _shifts(self, grid: int) -> list[tuple[int, int]]:
         """``spins`` points of a lattice, evenly over a period of the transform."""
-        return [(index * grid // self.spins, (5 * index * grid // self.spins + index) % grid) for index in range(self.spins)]
+        return [
+            (index * grid // self.spins, (5 * index * grid // self.spins + index) % grid) for index in range(self.spins)
+        ]
 
 
 NAMED: dict[str, Callable[[], Denoiser]] = {"ffdnet": FFDNetDenoiser, "wavelet": WaveletDenoiser}

@@ -19,6 +19,7 @@ from pydenoise.hyperspectral.moments import BandMoments
 NOISES = ("iid", "non-iid", "poisson")
 # A component is shown to the denoiser with mean 1/2 and this many standard deviations in [0, 1]: as in a photograph.
 DEVIATIONS = 6.0
+USUAL_RANK = 10  # the paper's
 
 
 @dataclass
@@ -64,7 +65,8 @@ class FastHyDe:
                 :func:`~pydenoise.hyperspectral.anscombe` transform).
             noise: "iid": independent, of one power in all bands; "non-iid": of a power of its own in each band;
                 "poisson": the values are counts.
-            rank: number of components; by default HySime's estimate, at least 1.
+            rank: number of components; by default HySime's estimate, but at least 10 (or all bands, if they are fewer):
+                the denoiser still finds signal in components that hold more noise, and too many do little harm.
             denoiser: "ffdnet", "wavelet", or a callable (:mod:`pydenoise.hyperspectral.denoisers`).
             sigma: standard deviation of the noise, a number or [L], where it is known.
         """
@@ -78,9 +80,7 @@ class FastHyDe:
         variance = _variance(moments, noise, sigma)
         weights = whitening(moments, variance)
         white = moments.weighted(weights)
-        basis = hysime(white, rank).basis
-        if basis.shape[1] == 0:
-            basis = hysime(white, 1).basis
+        basis = hysime(white, _default_rank(white) if rank is None else rank).basis
         mean = basis.T @ white.total / white.count
         square = (basis * (white.products @ basis)).sum(0) / white.count
         deviation = (square - mean.square()).clamp(min=0).sqrt()
@@ -137,10 +137,14 @@ def fasthyde(
 ) -> Tensor:
     """Denoise ``cube`` [L, H, W] (float32 or float64) by FastHyDe; the arguments are those of :meth:`FastHyDe.fit`.
 
-    Raises ``ValueError`` or ``TypeError`` for a cube of less than two bands, of no more pixels than bands, or with values
-    that are not finite, and for arguments that do not fit.
+    Raises ``ValueError`` or ``TypeError`` for a cube of less than two bands, of no more pixels than bands, or with
+    values that are not finite, and for arguments that do not fit.
     """
     return FastHyDe.fit(check_cube(cube, finite=False), noise, rank, denoiser, sigma)(cube)
+
+
+def _default_rank(moments: BandMoments) -> int:
+    return max(hysime(moments).rank, min(USUAL_RANK, moments.bands))
 
 
 def _variance(moments: BandMoments, noise: str, sigma: float | Tensor | None) -> Tensor:
@@ -152,4 +156,3 @@ def _variance(moments: BandMoments, noise: str, sigma: float | Tensor | None) ->
     else:
         variance = regression_noise(moments).variance
     return variance.mean().expand(moments.bands) if noise == "iid" else variance
-

@@ -1,7 +1,7 @@
 """FastHyIn: FastHyDe for cubes with missing samples (dead lines, stripes, clouds in some bands).
 
-Source: Zhuang and Bioucas-Dias, IEEE JSTARS 2018 (see :mod:`pydenoise.hyperspectral.fasthyde`). The components of a pixel
-with missing bands are the least-squares fit to the bands it has.
+Source: Zhuang and Bioucas-Dias, IEEE JSTARS 2018 (see :mod:`pydenoise.hyperspectral.fasthyde`). The components of a
+pixel with missing bands are the least-squares fit to the bands it has.
 """
 
 import torch
@@ -34,8 +34,8 @@ def fasthyin(
             from the pixels that have all bands; there must be more of them than bands.
 
     Returns:
-        The whole cube, of its shape and dtype. A pixel's fit is regularised by what components of complete pixels look like
-        (mean and covariance), so it stays bounded where fewer bands than components are left; a pixel without any
+        The whole cube, of its shape and dtype. A pixel's fit is regularised by what components of complete pixels look
+        like (mean and covariance), so it stays bounded where fewer bands than components are left; a pixel without any
         band becomes the mean spectrum before the denoiser smooths it in.
     """
     check_cube(cube, finite=False)
@@ -68,8 +68,8 @@ def _check_mask(mask: Tensor, cube: Tensor) -> Tensor:
 def _fit(model: FastHyDe, moments: BandMoments, values: Tensor, mask: Tensor) -> Tensor:
     """Scaled components [k, P] of pixels ``values`` [L, P] of which only those bands count that ``mask`` [L, P] names.
 
-    For each pixel (E^T M E + C^-1) z = E^T M y + C^-1 m, in whitened bands, with mean m and covariance C of the components.
-    The matrices E^T M E of all pixels are one matrix product: sums of the outer products of E's rows.
+    For each pixel (E^T M E + C^-1) z = E^T M y + C^-1 m, in whitened bands, with mean m and covariance C of the
+    components. The matrices E^T M E of all pixels are one matrix product: sums of the outer products of E's rows.
     """
     basis, white = model.basis, moments.weighted(model.weights)
     outer = (basis[:, :, None] * basis[:, None, :]).flatten(1)
@@ -83,4 +83,3 @@ def _fit(model: FastHyDe, moments: BandMoments, values: Tensor, mask: Tensor) ->
         parts.append(torch.linalg.solve(matrices, right))
     components = torch.cat(parts).T
     return ((components - model.centre[:, None]) / model.scale[:, None] + 0.5).to(values)
-

@@ -1,7 +1,8 @@
 """HyMiNoR: remove Gaussian noise and outliers (impulses, dead lines) from a cube.
 
 Source: Rasti, Ghamisi and Chanussot, "Mixed Noise Reduction in Hyperspectral Imagery", WHISPERS 2019. HyRes removes the
-Gaussian part; what is left of the outliers goes by min ||H - X||_1 + lambda ||D X||_1 with differences D along the bands.
+Gaussian part; what is left of the outliers goes by min ||H - X||_1 + lambda ||D X||_1 with differences D along the
+bands.
 """
 
 import torch
@@ -14,15 +15,17 @@ from pydenoise.hyperspectral.shrinkage import soft_threshold
 PIXELS_AT_ONCE = 1 << 14  # their iterates stay in the cache: pixels do not see each other
 
 
-def hyminor(cube: Tensor, *, regularization: float = 1.0, iterations: int = 50, penalty: float = 0.5) -> Tensor:
+def hyminor(cube: Tensor, *, regularization: float = 0.75, iterations: int = 50, penalty: float = 5.0) -> Tensor:
     """Denoise ``cube`` with mixed noise.
 
     Args:
         cube: [L, H, W], float32 or float64.
-        regularization: lambda. A spectral feature that is narrower than 2 lambda bands goes, whatever its height; slopes
-            stay. The paper has 10, in iterations that stop far from the minimum.
+        regularization: lambda. Above 1/2, what stands out in one band alone goes, whatever its height; from 1 on, the
+            first and last bands become equal to their neighbours, and features of less than 2 lambda bands go. (The
+            published settings are lambda 10, penalty 0.5 and 50 iterations, which stop far from the minimum.)
         iterations: of ADMM.
-        penalty: mu of ADMM, for values whose mean magnitude is 1 (the cube is scaled to that and back).
+        penalty: mu of ADMM, for values whose mean magnitude is 1 (the cube is scaled to that and back). It decides how
+            fast the minimum is approached, not where it is.
 
     Returns:
         The denoised cube, of its shape and dtype.

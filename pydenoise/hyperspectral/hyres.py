@@ -1,8 +1,8 @@
 """HyRes: denoise a cube by a sparse and low-rank model, without any parameter.
 
-Source: Rasti, Ulfarsson and Ghamisi, "Automatic Hyperspectral Image Restoration Using Sparse and Low-Rank Modeling", IEEE
-GRSL 2017. Whitened bands are turned into principal components, each component into wavelet coefficients (db5, 5 levels);
-Stein's unbiased risk estimate chooses the soft thresholds and the number of components.
+Source: Rasti, Ulfarsson and Ghamisi, "Automatic Hyperspectral Image Restoration Using Sparse and Low-Rank Modeling",
+IEEE GRSL 2017. Whitened bands are turned into principal components, each component into wavelet coefficients (db5, 5
+levels); Stein's unbiased risk estimate chooses the soft thresholds and the number of components.
 """
 
 import torch
@@ -27,8 +27,8 @@ def hyres(cube: Tensor, *, wavelet: int = 5, levels: int = 5, sigma: float | Ten
         sigma: standard deviation of the noise, a number or [L]; estimated where it is not given.
 
     Returns:
-        The denoised cube, of its shape and dtype. Each subband of each component has the threshold of least estimated risk,
-        and components are kept as long as that lowers the estimated risk of the whole.
+        The denoised cube, of its shape and dtype. Each subband of each component has the threshold of least estimated
+        risk, and components are kept as long as that lowers the estimated risk of the whole.
 
     Raises ``ValueError`` for a cube of less than two bands, of no more pixels than bands, or with values that are not
     finite.

@@ -2,8 +2,8 @@
 
 Source: Bioucas-Dias and Nascimento, "Hyperspectral Subspace Identification", IEEE TGRS 2008. Noise is what a regression
 of a band on all others leaves. The L regressions share one matrix: with Y [L, N] and R = Y Y^T, the residuals are
-W = diag(1 / diag(R^-1)) R^-1 Y and the noise variances 1 / (N diag(R^-1)). So everything but the residual image itself is a
-function of R, which :class:`BandMoments` holds.
+W = diag(1 / diag(R^-1)) R^-1 Y and the noise variances 1 / (N diag(R^-1)). So everything but the residual image itself
+is a function of R, which :class:`BandMoments` holds.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pydenoise.hyperspectral._arguments import check_cube
+from pydenoise.hyperspectral._arguments import check_cube, check_integer
 from pydenoise.hyperspectral.moments import BLOCK_VALUES, BandMoments
 
 # Added to the diagonal of R once every band has power 1: below it lies the rounding of R itself.
@@ -21,7 +21,7 @@ LEAST_VARIANCE = 1e-12  # of the noise, relative to a band's power: a band witho
 
 @dataclass(frozen=True)
 class BandNoise:
-    """Noise by regression: ``operator`` [L, L] turns a cube's pixels into their noise, ``variance`` [L] is its power."""
+    """Noise by regression: ``operator`` [L, L] turns a cube's pixels into their noise, ``variance`` [L]: its power."""
 
     operator: Tensor
     variance: Tensor
@@ -76,9 +76,9 @@ def regression_noise(cube: Tensor | BandMoments) -> BandNoise:
     values, vectors = torch.linalg.eigh(correlation)
     inverse = vectors / values.clamp(min=RIDGE) @ vectors.T
     operator = inverse / inverse.diagonal()[:, None] * (root[:, None] / root)
-    # diag(A R A^T) and not 1 / diag(R^-1): the same but for the ridge, and zero for bands of zeros.
+    # diag(A R A^T) and not 1 / diag(R^-1): the same but for the ridge.
     variance = (operator @ (moments.products / moments.count) * operator).sum(1).clamp(min=0)
-    return BandNoise(operator, variance)
+    return BandNoise(operator, torch.where(dead, 0.0, variance))
 
 
 def whitening(moments: BandMoments, variance: Tensor) -> Tensor:
@@ -101,8 +101,8 @@ def hysime(cube: Tensor | BandMoments, rank: int | None = None) -> Subspace:
         :class:`Subspace`, in float64. A cube of noise alone may have rank 0.
     """
     moments = _moments(cube)
-    if rank is not None and not 1 <= rank <= moments.bands:
-        raise ValueError(f"rank: expected 1 to {moments.bands}, the number of bands, or None, got {rank}")
+    if rank is not None:
+        check_integer("rank", rank, 1, moments.bands)
     noise = regression_noise(moments)
     measured = moments.products / moments.count
     cleaner = torch.eye(moments.bands).to(measured) - noise.operator

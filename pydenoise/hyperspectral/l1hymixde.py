@@ -29,12 +29,13 @@ def l1hymixde(
 ) -> Tensor:
     """Split ``cube`` into a low-rank image, sparse outliers and Gaussian noise; returns the image.
 
-    An adaptive median filter makes the start, from which the subspace is taken. Then components and outliers take turns:
-    components are what the denoiser makes of the cube without outliers, outliers what is left above the threshold.
+    An adaptive median filter makes the start, from which the subspace is taken. Then components and outliers take
+    turns: components are what the denoiser makes of the cube without outliers, outliers what is left above the
+    threshold.
 
     Args:
         cube: [L, H, W], float32 or float64.
-        rank: number of components; by default HySime's estimate on the filtered cube.
+        rank: number of components; by default as for ``fasthyde``, on the filtered cube.
         denoiser: as for :func:`~pydenoise.hyperspectral.fasthyde`.
         threshold: of an outlier, in standard deviations of the band's Gaussian noise.
         iterations: at most so many turns; they end when the image changes by less than ``tolerance`` of its norm.

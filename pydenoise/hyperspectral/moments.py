@@ -14,8 +14,8 @@ BLOCK_VALUES = 1 << 22  # so many values are in float64 at a time
 class BandMoments:
     """Sums over the pixels of a cube of L bands, in float64.
 
-    ``count``: pixels. ``total`` [L]: sums of the values. ``products`` [L, L]: sums of the products of two bands. Moments
-    of parts of a cube add up (``a + b``), so a cube that does not fit into memory is read once, in pieces.
+    ``count``: pixels. ``total`` [L]: sums of the values. ``products`` [L, L]: sums of the products of two bands.
+    Moments of parts of a cube add up (``a + b``), so a cube that does not fit into memory is read once, in pieces.
 
     The products are one matrix product. They are in float64 because the noise is what remains when nearly all of the
     signal cancels: with 60 dB between the two, float32 would leave one digit.

@@ -24,9 +24,10 @@ def moments_of(
     device: str | torch.device = "cpu",
     on_window: Callable[[int], object] | None = None,
 ) -> BandMoments:
-    """Moments of a cube, for ``FastHyDe.fit``: one pass over ``pixels`` [H, W, L], of any dtype that ``map_tiles`` takes.
+    """Moments of a cube, for ``FastHyDe.fit``: one pass over ``pixels`` [H, W, L].
 
     Args:
+        pixels: of any dtype that :func:`pydenoise.imaging.map_tiles` takes.
         noise: "poisson" takes those of the Anscombe transform.
         scale: samples over ``scale`` are the values.
         on_window: called with the number of pixels of each window that is done.
@@ -39,7 +40,7 @@ def moments_of(
     number = np.float64 if pixels.dtype.itemsize > 4 else np.float32
     total = None
     for rows, columns in tile_windows(*pixels.shape[:2], side, 0, 1):
-        window = np.array(pixels[rows.read, columns.read], number)
+        window = np.array(pixels[rows.used, columns.used], number)
         values = torch.from_numpy(window).to(device).flatten(0, 1).T / scale
         part = BandMoments.of(anscombe(values) if noise == "poisson" else values)
         total = part if total is None else total + part
@@ -66,12 +67,13 @@ def denoise_tiles(
 ) -> np.ndarray:
     """FastHyDe on a cube of any size, with memory that depends on the tile and the number of bands alone.
 
-    The cube is read twice: once for the moments of its bands, once for the tiles. The result is that of ``fasthyde`` on the
-    whole cube, if the margins are as wide as the denoiser looks.
+    The cube is read twice: once for the moments of its bands, once for the tiles. The result is that of ``fasthyde`` on
+    the whole cube, if the margins are as wide as the denoiser looks.
 
     Args:
         pixels: [H, W, L]; uint8, uint16, int16, float32 or float64. Pass a ``numpy.memmap`` for a cube on disk.
-        noise, rank, denoiser, sigma: as for :func:`~pydenoise.hyperspectral.fasthyde`, in units of ``pixels`` / ``scale``.
+        noise, rank, denoiser, sigma: as for :func:`~pydenoise.hyperspectral.fasthyde`, in units of ``pixels`` /
+            ``scale``.
         tile, batch, blend, out, scale: as for :func:`pydenoise.imaging.map_tiles`.
         overlap: margin of a tile; by default the denoiser's ``radius`` (0 for a callable that has none).
 

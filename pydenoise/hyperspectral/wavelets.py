@@ -19,8 +19,8 @@ MAX_MOMENTS = 10  # beyond, the roots of the polynomial lose digits
 def daubechies(moments: int) -> tuple[float, ...]:
     """The scaling filter with ``moments`` vanishing moments, of length 2 * moments; db5 has 5.
 
-    Source: Daubechies, "Orthonormal Bases of Compactly Supported Wavelets", 1988. Of the polynomial's reciprocal pairs of
-    roots those inside the unit circle are taken.
+    Source: Daubechies, "Orthonormal Bases of Compactly Supported Wavelets", 1988. Of the polynomial's reciprocal pairs
+    of roots those inside the unit circle are taken.
     """
     if isinstance(moments, bool) or not isinstance(moments, int) or not 1 <= moments <= MAX_MOMENTS:
         raise ValueError(f"wavelet: expected 1 to {MAX_MOMENTS} vanishing moments, got {moments!r}")

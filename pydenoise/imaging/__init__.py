@@ -1,5 +1,5 @@
-"""Pictures in and out (PNG, JPEG, TIFF; 8 and 16 bit; gray and RGB), cubes of many bands (.npy, TIFF), and large ones of
-both in overlapping tiles.
+"""Pictures in and out (PNG, JPEG, TIFF; 8 and 16 bit; gray and RGB), cubes of many bands (.npy, TIFF), and large ones
+of both in overlapping tiles.
 
 Pillow, tifffile and imagecodecs are imported when a file of theirs is met: ``pip install pydenoise[cli]``.
 """

@@ -74,14 +74,15 @@ class Cropped:
 class Blended:
     """Neighbours are added with weights that change linearly over the overlap and sum to one.
 
-    Sums are kept for one row of tiles: [rows of a tile, W, B] in float32. ``ramps``: half the width of the change along
-    rows, columns and bands. Windows must come row by row.
+    Sums are kept for one row of tiles: [rows of a tile, W, B] in float32, or float64 for results of that dtype.
+    ``ramps``: half the width of the change along rows, columns and bands. Windows must come row by row.
     """
 
     def __init__(self, out: np.ndarray, scale: float, windows: list[Window], ramps: tuple[int, int, int]):
         self.out, self.scale, self.ramps = out, scale, ramps
         height = max(window.shape[0] for window in windows)
-        self.sums = torch.zeros(height, *out.shape[1:])
+        dtype = torch.float64 if out.dtype == np.float64 else torch.float32
+        self.sums = torch.zeros(height, *out.shape[1:], dtype=dtype)
         self.first = 0  # the row of the picture where the sums begin
 
     def put(self, window: Window, result: Tensor) -> None:
@@ -97,7 +98,7 @@ class Blended:
             slice(span.start + part.start - shift, span.start + part.stop - shift)
             for span, part, shift in zip(window, inside, (self.first, 0, 0), strict=True)
         )
-        values = result[inside[2], inside[0], inside[1]].permute(1, 2, 0).float().cpu()
+        values = result[inside[2], inside[0], inside[1]].permute(1, 2, 0).to("cpu", self.sums.dtype)
         for axis, (weight, part) in enumerate(zip(weights, inside, strict=True)):
             values = values * weight[part].view([-1 if axis == other else 1 for other in range(3)])
         self.sums[rows, columns, bands] += values

@@ -1,5 +1,6 @@
 """Cubes of many bands in .npy and TIFF files, memory-mapped: arrays [H, W, bands], whatever order the file has."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ class Cube:
 
 
 def is_cube(path: str | Path) -> bool:
-    """Whether a file is a cube and not a picture: .npy, and TIFF of several pages, over 4 samples a pixel, or floats.
+    """Whether a file is a cube and not a picture: .npy, and TIFF of several pages, of over 4 samples a pixel, or of
+    several that are not unsigned.
 
     Anything else, missing files too, is left to :func:`~pydenoise.imaging.read_picture`, which says what is wrong.
     """
@@ -50,8 +52,8 @@ def is_cube(path: str | Path) -> bool:
     try:
         with silent("tifffile"), tifffile.TiffFile(path) as tiff:
             page, pages = tiff.pages[0], len(tiff.pages)
-            alike = len(tiff.series) == 1
-            return alike and (pages > 1 or page.samplesperpixel > 4 or np.dtype(page.dtype).kind == "f")
+            samples, picture = page.samplesperpixel, page.dtype in (np.uint8, np.uint16)
+            return len(tiff.series) == 1 and (pages > 1 or samples > 4 or (samples > 1 and not picture))
     except Exception:  # damaged files meet tifffile as many kinds of exceptions; read_picture puts them into words
         return False
 
@@ -60,8 +62,8 @@ def open_cube(path: str | Path, bands_first: bool = False) -> Cube:
     """Open a cube without reading it: its samples come from the file as they are used.
 
     A compressed TIFF is unpacked into a temporary file first. ``bands_first``: a .npy file holds [bands, H, W] and not
-    [H, W, bands]; TIFF files say it themselves. Raises :class:`ImageError` for anything but three axes of uint8, uint16,
-    int16, float32 or float64, and for damaged files.
+    [H, W, bands]; TIFF files say it themselves. Raises :class:`ImageError` for anything but three axes of uint8,
+    uint16, int16, float32 or float64, and for damaged files.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -87,8 +89,10 @@ def _open_npy(path: Path, bands_first: bool) -> Cube:
 def _open_tiff(path: Path) -> Cube:
     tifffile = require("tifffile", "tifffile", "reading TIFF files")
     try:
-        with silent("tifffile"), tifffile.TiffFile(path) as tiff:
+        with _errors_of("tifffile") as errors, tifffile.TiffFile(path) as tiff:
             page, pages = tiff.pages[0], len(tiff.pages)
+            if errors:  # a chain of pages that breaks off would pass for a cube of fewer bands
+                raise ValueError(errors[0])
             height, width, samples = page.imagelength, page.imagewidth, page.samplesperpixel
             array = tiff.series[0].asarray(out="memmap") if not tiff.series[0].dataoffset else None
         if array is None:
@@ -103,6 +107,21 @@ def _open_tiff(path: Path) -> Cube:
         raise ImageError(f"{path}: {array.size} samples where {list(shape)} were announced")
     array = array.reshape(shape)
     return Cube(np.moveaxis(array, 0, -1) if first else array, first)
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[list[str]]:
+    """The errors that a library logs, in place of its log."""
+    errors: list[str] = []
+    logger, handler = logging.getLogger(name), logging.Handler(logging.ERROR)
+    handler.emit = lambda record: errors.append(record.getMessage())
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield errors
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
 
 
 def check_cube_output(path: str | Path) -> str:

@@ -12,9 +12,9 @@ def release(array: np.ndarray) -> None:
     Nothing is lost: the mapping is shared with the file, so written pages stay in the system's cache until they are on
     disk. A private mapping (mode "c") holds changes that exist nowhere else, and is therefore not touched.
     """
+    if not isinstance(array, np.memmap) or array.mode == "c":
+        return
     while isinstance(array, np.ndarray):
-        if isinstance(array, np.memmap) and array.mode == "c":
-            return
         array = array.base
     if isinstance(array, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         array.madvise(mmap.MADV_DONTNEED)

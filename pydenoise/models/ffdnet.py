@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from pydenoise.models.weights import WeightsError
 
 SCALE = 2  # pixels are gathered in SCALE x SCALE phases
-# The network for RGB expects independent noise in three channels, whose average has 1/sqrt(3) of the noise of each. Three
-# equal channels carry the full noise in their average: it is the noise of a colour picture with sqrt(3) times the sigma.
-# Measured on the middle of scikit-image's camera, sigma 25: 23.8 dB without the factor, 30.8 with 1.75, 30.2 with 2.
+# The network for RGB expects independent noise in three channels, whose average has 1/sqrt(3) of the noise of each.
+# Three equal channels carry the full noise in their average: it is the noise of a colour picture with sqrt(3) times the
+# sigma. Measured on the middle of scikit-image's camera, sigma 25: 23.8 dB without the factor, 30.8 with 1.75, 30.2
+# with 2.
 GRAY_FACTOR = math.sqrt(3)
 
 

@@ -1,7 +1,8 @@
 """Synthetic hyperspectral cubes with real structure: photographs as abundance maps, times smooth made-up spectra.
 
-No measured cube comes inside a package. The linear mixing model (every pixel a mixture of few spectra) is what such cubes
-are modelled by; here the maps are photographs from scikit-image, so edges and textures are real and the spectra are not.
+No measured cube comes inside a package. The linear mixing model (every pixel a mixture of few spectra) is what such
+cubes are modelled by; here the maps are photographs from scikit-image, so edges and textures are real and the spectra
+are not.
 """
 
 import torch
@@ -22,7 +23,10 @@ def smooth_spectra(materials: int, bands: int) -> Tensor:
 
 
 def photograph_cube(bands: int = 64, size: int = 128, materials: int = 6) -> Tensor:
-    """A clean cube [bands, size, size], float32, values in (0, 1), of rank ``materials`` (1 to 6). Needs scikit-image."""
+    """A clean cube [bands, size, size], float32, values in (0, 1), of rank ``materials`` (1 to 6).
+
+    Needs scikit-image.
+    """
     from skimage import data
 
     maps = []

@@ -144,7 +144,7 @@ def test_bad_cubes(cube, error, message):
 
 def test_bad_rank_and_moments():
     for rank in (0, 21):
-        with pytest.raises(ValueError, match="rank: expected 1 to 20"):
+        with pytest.raises(ValueError, match="rank: expected an integer of 1 to 20"):
             hysime(low_rank_cube(), rank)
     with pytest.raises(ValueError, match="do not add up"):
         BandMoments.of(torch.rand(3, 4, 5)) + BandMoments.of(torch.rand(4, 4, 5))

@@ -100,7 +100,9 @@ def test_sure_is_the_least_of_all_thresholds():
         assert least <= estimates.min() + 1e-9
         assert 0 < best < 8
     assert sure_threshold(torch.full((1, 10), 50.0))[0].tolist() == [0]  # nothing but signal: left alone
-    errors = (soft_threshold(x, threshold[:, None]) - torch.cat((torch.full((20,), 6.0), torch.zeros(480)))).square().sum(1)
+    errors = (
+        (soft_threshold(x, threshold[:, None]) - torch.cat((torch.full((20,), 6.0), torch.zeros(480)))).square().sum(1)
+    )
     assert abs(errors.mean() - risk.mean()) < 40
 
 
