@@ -12,7 +12,7 @@ from pydenoise.hyperspectral import regression_noise
 from pydenoise.testing.hyperspectral import add_noise, low_rank_cube
 
 BOUNDS = {"fp32": 1e-3}  # of the largest residual: its signal is some thousand times larger, in float32 samples
-LSTSQ_FLOPS = 5e11  # more than that is no case for L separate least-squares fits
+LSTSQ_FLOPS = 1e11  # more than that is no case for L separate least-squares fits
 
 
 @dataclass(frozen=True)
