@@ -32,7 +32,8 @@ out = np.lib.format.open_memmap({target!r}, mode="w+", dtype=pixels.dtype, shape
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start, cpu = time.perf_counter(), time.process_time()
 denoise_tiles(pixels, rank=4, denoiser=WaveletDenoiser(levels=2, spins=4), tile={tile}, out=out)
-print(time.perf_counter() - start, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before)
+seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+print(seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before)
 """
 
 
@@ -62,7 +63,9 @@ def noise(options) -> None:
             if name != "ours-hysime" and (ratio := measure.paired_ratio(timings["ours-hysime"], timings[name]))
         )
         floor = case.flops() / (rate / 2)
-        print(f"{case.name}: {line}; {ratios}; floor {1e3 * floor:.1f} ms ({floor / best['ours-hysime']:.0%})", flush=True)
+        print(
+            f"{case.name}: {line}; {ratios}; floor {1e3 * floor:.1f} ms ({floor / best['ours-hysime']:.0%})", flush=True
+        )
 
 
 def tiles(options) -> None:
@@ -83,7 +86,10 @@ def tiles(options) -> None:
                 seconds, cpu, peak, before = map(float, done.stdout.split())
                 name = f"tiles of {tile}" if tile else "whole"
                 size = side * side * 32 * 4 / 2**20
-                print(f"{side}² x 32 ({size:.0f} MiB), {name}: {seconds:.1f} s ({cpu:.1f} s of CPU), peak {peak / 1024:.0f} MiB, {before / 1024:.0f} at the start", flush=True)
+                memory = f"peak {peak / 1024:.0f} MiB, {before / 1024:.0f} at the start"
+                print(
+                    f"{side}² x 32 ({size:.0f} MiB), {name}: {seconds:.1f} s ({cpu:.1f} s of CPU), {memory}", flush=True
+                )
 
 
 def main() -> None:
