@@ -20,6 +20,7 @@ _MODULES = (
     "models",
     "imaging",
     "samplers",
+    "hyperspectral",
 )
 _NAMES = {
     "accelerate": "pydenoise.accelerate",

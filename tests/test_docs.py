@@ -10,6 +10,7 @@ PAGES = {
     "sparse-attention": "dense and",
     "samplers": "means of the classes: tensor([-",
     "blocks-dcls": "P[0] moved by +2",
+    "blocks-hyperspectral": "4 components; noise of",
 }  # and what each one prints
 
 

@@ -1,32 +1,33 @@
-"""``pydenoise denoise``: FFDNet on the user's own picture."""
+"""``pydenoise denoise``: FFDNet on the user's own picture or hyperspectral cube."""
 
 import argparse
 import math
 from pathlib import Path
 
+from pydenoise.cli.denoise_cube import add_options, refuse_options, run_cube
 from pydenoise.cli.main import CommandError
 from pydenoise.cli.pieces import choose_pieces, int8_options, to_tensor
 
 TRAINED_SIGMA = 75.0
-# The network expects independent noise in three channels, whose average has 1/sqrt(3) of the noise of each. Three equal
-# channels carry the full noise in their average: it is the noise of a colour picture with sqrt(3) times the sigma.
-# Measured on the middle of scikit-image's camera, sigma 25: 23.8 dB without the factor, 30.8 with 1.75, 30.2 with 2.
-GRAY_FACTOR = math.sqrt(3)
 EXAMPLE_SIDE = 64  # what the accelerated network is checked on before it runs; any size works afterwards
 DESCRIPTION = """Remove noise from a picture with FFDNet. PNG, JPEG and TIFF; gray and RGB; 8 and 16 bit, which the
 output keeps; alpha, colour profile and (except in TIFF) EXIF data travel along. The picture goes through the network in
 overlapping tiles, so memory does not grow with its size. Gray pictures go through the colour network as three equal
-channels, whose results are averaged."""
+channels, whose results are averaged. Cubes of many bands (.npy; TIFF of several pages, more than four samples a pixel
+or floating point) are denoised in the few components that their spectra have (FastHyDe); they need no --sigma."""
 
 
 def add_parser(subparsers) -> None:
     """Add the ``denoise`` command."""
     parser = subparsers.add_parser("denoise", help="denoise a picture", description=DESCRIPTION)
     add = parser.add_argument
-    add("input", type=Path, metavar="IN", help="PNG, JPEG or TIFF")
+    add("input", type=Path, metavar="IN", help="PNG, JPEG or TIFF; .npy or TIFF of many bands")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="the extension decides the format")
-    noise = "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75 (gray: 0-43)"
-    add("--sigma", type=_sigma, required=True, metavar="S", help=noise)
+    noise = (
+        "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75 (gray: 0-43). "
+        "For cubes in the units of their samples, and estimated if left out"
+    )
+    add("--sigma", type=_sigma, metavar="S", help=noise)
     add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")
     precision = (
         "arithmetic of the network (default: fp32). int8: the inner layers compute with 8-bit integers, whose "
@@ -47,18 +48,25 @@ def add_parser(subparsers) -> None:
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     add("--backend", choices=("pydenoise", "torch"), default="pydenoise", help="whose kernels (default: pydenoise)")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
+    add_options(parser, positive)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then denoise and write; returns the exit code."""
-    from pydenoise.imaging import check_output, read_picture, require, write_picture
+    from pydenoise.imaging import check_output, is_cube, read_picture, require, write_picture
     from pydenoise.models import load_ffdnet
     from pydenoise.models.weights import find_ffdnet
 
     console = require("rich.console", "rich", "the command line").Console(
         stderr=True, quiet=args.quiet, highlight=False
     )
+    _check_device(args)
+    if is_cube(args.input):
+        return run_cube(args, console, prepare_network)
+    refuse_options(args)
+    if args.sigma is None:
+        raise CommandError("the following arguments are required: --sigma")
     model = load_ffdnet(find_ffdnet(args.weights))
     overlap = model.receptive_radius if args.overlap is None else args.overlap
     _check_options(args, overlap)
@@ -89,6 +97,7 @@ def denoise_picture(picture, model, args: argparse.Namespace, overlap: int, cons
     )
 
     from pydenoise.imaging import map_tiles, tile_windows
+    from pydenoise.models.ffdnet import GRAY_FACTOR
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
@@ -150,11 +159,14 @@ def _run_tile(network, sigma, replicate: bool):
     return lambda x: network(x.expand(-1, 3, -1, -1), sigma).mean(dim=1, keepdim=True)
 
 
-def _check_options(args: argparse.Namespace, overlap: int) -> None:
+def _check_device(args: argparse.Namespace) -> None:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch finds no CUDA device; `pydenoise info` shows what it sees")
+
+
+def _check_options(args: argparse.Namespace, overlap: int) -> None:
     if args.precision == "int8" and args.backend == "torch":
         raise CommandError("--precision int8: torch has no int8 convolutions on its own; leave out --backend torch")
     if args.tile and args.tile <= 2 * overlap:
@@ -162,6 +174,8 @@ def _check_options(args: argparse.Namespace, overlap: int) -> None:
 
 
 def _notes(args: argparse.Namespace, picture, model, overlap: int) -> list[str]:
+    from pydenoise.models.ffdnet import GRAY_FACTOR
+
     notes = []
     limit = TRAINED_SIGMA / GRAY_FACTOR if picture.gray and model.channels == 3 else TRAINED_SIGMA
     if args.sigma > limit:

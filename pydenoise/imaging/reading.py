@@ -60,7 +60,7 @@ def _open_pillow(path: Path):
         try:
             image = image_module.open(path, formats=("PNG", "JPEG", "MPO"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise ImageError(f"{path}: a damaged picture: {_first_line(error)}") from error
+            raise ImageError(f"{path}: a damaged picture: {first_line(error)}") from error
         finally:
             image_module.MAX_IMAGE_PIXELS = previous
     check_size(str(path), *image.size)
@@ -74,7 +74,7 @@ def _read_pillow(path: Path) -> Picture:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError, struct.error) as error:
-            raise ImageError(f"{path}: a damaged picture: {_first_line(error)}") from error
+            raise ImageError(f"{path}: a damaged picture: {first_line(error)}") from error
         others, orientation = _pillow_metadata(image)
         if getattr(image, "n_frames", 1) > 1:
             others["notes"].append(f"the file holds {image.n_frames} pictures; only the first is used")
@@ -119,7 +119,7 @@ def _pillow_metadata(image) -> tuple[dict, int]:
         data = exif.tobytes() if len(exif) else None
     except Exception as error:
         orientation, data = 1, None  # cameras write EXIF broken in every way: the picture matters more
-        notes.append(f"the EXIF data cannot be read and is left out ({_first_line(error)})")
+        notes.append(f"the EXIF data cannot be read and is left out ({first_line(error)})")
     dpi = image.info.get("dpi")
     others = {"icc": image.info.get("icc_profile"), "exif": data, "notes": notes}
     others["dpi"] = (float(dpi[0]), float(dpi[1])) if dpi and min(dpi) > 0 else None
@@ -137,7 +137,7 @@ def _read_png16(path: Path, head: bytes) -> Picture:
         try:
             samples = codecs.png_decode(data)
         except (RuntimeError, ValueError) as error:
-            raise ImageError(f"{path}: a damaged PNG file: {_first_line(error)}") from error
+            raise ImageError(f"{path}: a damaged PNG file: {first_line(error)}") from error
     with _open_pillow(path) as image:
         others, orientation = _pillow_metadata(image)
     return from_samples(upright(samples, orientation), **others)
@@ -149,7 +149,7 @@ def _read_png16(path: Path, head: bytes) -> Picture:
 def _read_tiff(path: Path) -> Picture:
     tifffile = require("tifffile", "tifffile", "reading TIFF pictures")
     try:
-        with _silent("tifffile"), tifffile.TiffFile(path) as tiff:
+        with silent("tifffile"), tifffile.TiffFile(path) as tiff:
             pages = [page for page in tiff.pages if not page.is_reduced]
             if not pages:
                 raise ImageError(f"{path}: a damaged TIFF file: it holds no picture")
@@ -163,12 +163,12 @@ def _read_tiff(path: Path) -> Picture:
     except ImageError:
         raise
     except Exception as error:  # tifffile meets damaged files with many kinds of exceptions, IndexError to zlib.error
-        raise ImageError(f"{path}: a damaged or unsupported TIFF file: {_first_line(error)}") from error
+        raise ImageError(f"{path}: a damaged or unsupported TIFF file: {first_line(error)}") from error
     return from_samples(upright(samples, orientation), icc=bytes(icc) if icc else None, dpi=dpi)
 
 
 @contextmanager
-def _silent(logger: str) -> Iterator[None]:
+def silent(logger: str) -> Iterator[None]:
     """Without the log lines of a library whose complaints arrive as exceptions too."""
     target = logging.getLogger(logger)
     level = target.level
@@ -212,6 +212,6 @@ def _tiff_dpi(page) -> tuple[float, float] | None:
     return pair[0][0] / pair[0][1] * scale, pair[1][0] / pair[1][1] * scale
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:160] if text else type(error).__name__

@@ -4,7 +4,8 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def check_output(path: str | Path, picture: Picture) -> str:
         raise ImageError(f"{path}: unknown extension {path.suffix!r}; known: {', '.join(FORMATS)}")
     kind = FORMATS[path.suffix.lower()]
     _check_holds(path, kind, picture)
-    _check_place(path)
+    check_place(path)
     if kind == "TIFF":
         require("tifffile", "tifffile", "writing TIFF pictures")
     elif kind == "PNG" and picture.bits == 16:
@@ -52,7 +53,8 @@ def _check_holds(path: Path, kind: str, picture: Picture) -> None:
         raise ImageError(f"{path}: JPEG holds {JPEG_MAX_SIDE} pixels a side; write .png or .tif")
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """Raise :class:`ImageError` where no file can be written at ``path``."""
     target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_file() and os.access(target, os.W_OK)):
         raise ImageError(f"{path}: cannot be written: not a file that may be replaced")
@@ -72,12 +74,22 @@ def write_picture(path: str | Path, picture: Picture) -> list[str]:
     JPEG is written with quality 95 and without chroma subsampling.
     """
     kind = check_output(path, picture)
-    target = Path(os.path.realpath(path))
     writer: Callable[[str, Picture], list[str]] = {"TIFF": _write_tiff, "JPEG": _write_jpeg}.get(kind, _write_png)
+    with replacing(path) as temporary:
+        return writer(temporary, picture)
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[str]:
+    """A file beside ``path`` that takes its place when the block ends, and goes when it fails.
+
+    Raises :class:`ImageError` for what the system says against it.
+    """
+    target = Path(os.path.realpath(path))
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=".pydenoise-", suffix=target.suffix)
     os.close(handle)
     try:
-        notes = writer(temporary, picture)
+        yield temporary
         os.chmod(temporary, _mode_of(target))
         os.replace(temporary, target)
     except OSError as error:
@@ -85,7 +97,6 @@ def write_picture(path: str | Path, picture: Picture) -> list[str]:
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
-    return notes
 
 
 def _mode_of(target: Path) -> int:

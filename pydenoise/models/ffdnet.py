@@ -5,8 +5,9 @@ Source: Zhang, Zuo and Zhang, "FFDNet: Toward a Fast and Flexible Solution for C
 as ``model.0.weight, model.0.bias, model.2.weight, ...`` (the ReLUs take the odd numbers). The class has these keys.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor, nn
 from pydenoise.models.weights import WeightsError
 
 SCALE = 2  # pixels are gathered in SCALE x SCALE phases
+# The network for RGB expects independent noise in three channels, whose average has 1/sqrt(3) of the noise of each.
+# Three equal channels carry the full noise in their average: it is the noise of a colour picture with sqrt(3) times the
+# sigma. Measured on the middle of scikit-image's camera, sigma 25: 23.8 dB without the factor, 30.8 with 1.75, 30.2
+# with 2.
+GRAY_FACTOR = math.sqrt(3)
 
 
 class FFDNet(nn.Module):
@@ -78,6 +84,14 @@ class FFDNet(nn.Module):
             raise TypeError(f"sigma: expected a tensor of shape [N, 1, 1, 1], got {type(sigma).__name__}")
         if tuple(sigma.shape) not in {(x.shape[0], 1, 1, 1), (1, 1, 1, 1)}:
             raise ValueError(f"sigma: expected [{x.shape[0]}, 1, 1, 1] or [1, 1, 1, 1], got {list(sigma.shape)}")
+
+
+def gray_through_colour(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, sigma: Tensor) -> Tensor:
+    """Denoise gray images [N, 1, H, W] with a network for RGB: three equal channels, whose results are averaged.
+
+    ``sigma``: of the gray images, [N, 1, 1, 1] or [1, 1, 1, 1].
+    """
+    return network(x.expand(-1, 3, -1, -1), sigma * GRAY_FACTOR).mean(dim=1, keepdim=True)
 
 
 def load_ffdnet(path: str | Path) -> FFDNet:
