@@ -46,6 +46,7 @@ PER_ISA_SOURCES = {
     "csrc/block_importance/cpu.cpp": FLOAT_LEVELS,
     "csrc/block_sparse_attention/cpu.cpp": FLOAT_LEVELS,
     "csrc/token_confidence/cpu.cpp": FLOAT_LEVELS,
+    "csrc/adaptive_bilateral_filter/cpu.cpp": FLOAT_LEVELS,
     "csrc/sampler_step/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
@@ -63,6 +64,7 @@ SOURCES = [
     "csrc/block_importance/dispatch.cpp",
     "csrc/block_sparse_attention/dispatch.cpp",
     "csrc/token_confidence/dispatch.cpp",
+    "csrc/adaptive_bilateral_filter/dispatch.cpp",
     "csrc/sampler_step/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
@@ -73,6 +75,7 @@ SOURCES = [
     "csrc/bindings/block_importance.cpp",
     "csrc/bindings/block_sparse_attention_backward.cpp",
     "csrc/bindings/token_confidence.cpp",
+    "csrc/bindings/adaptive_bilateral_filter.cpp",
     "csrc/bindings/sampler_step.cpp",
     "csrc/bindings/module.cpp",
 ]

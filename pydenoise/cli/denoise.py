@@ -1,9 +1,10 @@
-"""``pydenoise denoise``: FFDNet on the user's own picture."""
+"""``pydenoise denoise``: FFDNet, or a denoiser trained on the picture itself, on the user's own picture."""
 
 import argparse
 import math
 from pathlib import Path
 
+from pydenoise.cli import self_supervised
 from pydenoise.cli.main import CommandError
 from pydenoise.cli.pieces import choose_pieces, int8_options, to_tensor
 
@@ -16,7 +17,7 @@ EXAMPLE_SIDE = 64  # what the accelerated network is checked on before it runs; 
 DESCRIPTION = """Remove noise from a picture with FFDNet. PNG, JPEG and TIFF; gray and RGB; 8 and 16 bit, which the
 output keeps; alpha, colour profile and (except in TIFF) EXIF data travel along. The picture goes through the network in
 overlapping tiles, so memory does not grow with its size. Gray pictures go through the colour network as three equal
-channels, whose results are averaged."""
+channels, whose results are averaged. With --self-supervised, a small filter is trained on the picture itself."""
 
 
 def add_parser(subparsers) -> None:
@@ -26,7 +27,7 @@ def add_parser(subparsers) -> None:
     add("input", type=Path, metavar="IN", help="PNG, JPEG or TIFF")
     add("-o", "--output", type=Path, required=True, metavar="OUT", help="the extension decides the format")
     noise = "standard deviation of the noise on the scale 0-255, for 16-bit pictures too; trained for 0-75 (gray: 0-43)"
-    add("--sigma", type=_sigma, required=True, metavar="S", help=noise)
+    add("--sigma", type=_sigma, metavar="S", help=noise)
     add("--weights", type=Path, metavar="PATH", help="FFDNet checkpoint (default: the cache; see `pydenoise weights`)")
     precision = (
         "arithmetic of the network (default: fp32). int8: the inner layers compute with 8-bit integers, whose "
@@ -39,7 +40,8 @@ def add_parser(subparsers) -> None:
         type=_even,
         default=512,
         metavar="N",
-        help="side of a tile, margins included; 0: no tiles (default: 512)",
+        help="side of a tile, margins included; 0: no tiles (default: 512). With --self-supervised, the square whose "
+        "patches are compared with each other when the picture is filtered",
     )
     margin = "margin of a tile that is read but not used (default: the receptive radius, 24, which is exact)"
     add("--overlap", type=_even, metavar="N", help=margin)
@@ -47,18 +49,44 @@ def add_parser(subparsers) -> None:
     add("--threads", type=positive, metavar="N", help="CPU threads (default: torch's)")
     add("--backend", choices=("pydenoise", "torch"), default="pydenoise", help="whose kernels (default: pydenoise)")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
+    self_supervised.add_options(parser, _sigma, positive)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then denoise and write; returns the exit code."""
-    from pydenoise.imaging import check_output, read_picture, require, write_picture
-    from pydenoise.models import load_ffdnet
-    from pydenoise.models.weights import find_ffdnet
+    from pydenoise.imaging import require
 
+    self_supervised.check_options(args)
     console = require("rich.console", "rich", "the command line").Console(
         stderr=True, quiet=args.quiet, highlight=False
     )
+    return run_self_supervised(args, console) if args.self_supervised else run_ffdnet(args, console)
+
+
+def run_self_supervised(args: argparse.Namespace, console) -> int:
+    """Train on the picture, filter it, write it."""
+    from pydenoise.imaging import check_output, read_picture
+
+    _check_device(args)
+    picture = read_picture(args.input)
+    check_output(args.output, picture)
+    for text in picture.notes:
+        console.print(f"note: {text}", style="yellow", markup=False)
+    console.print(f"{args.input}: {picture.describe()}", markup=False)
+    self_supervised.denoise_picture(picture, args, console)
+    _write(args, picture, console)
+    return 0
+
+
+def run_ffdnet(args: argparse.Namespace, console) -> int:
+    """Run the network over the picture, write it."""
+    from pydenoise.imaging import check_output, read_picture
+    from pydenoise.models import load_ffdnet
+    from pydenoise.models.weights import find_ffdnet
+
+    if args.sigma is None:
+        raise CommandError("the following arguments are required: --sigma, or --self-supervised")
     model = load_ffdnet(find_ffdnet(args.weights))
     overlap = model.receptive_radius if args.overlap is None else args.overlap
     _check_options(args, overlap)
@@ -70,10 +98,16 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"note: {text}", style="yellow", markup=False)
     console.print(f"{args.input}: {picture.describe()}", markup=False)
     denoise_picture(picture, model, args, overlap, console)
+    _write(args, picture, console)
+    return 0
+
+
+def _write(args: argparse.Namespace, picture, console) -> None:
+    from pydenoise.imaging import write_picture
+
     for text in write_picture(args.output, picture):
         console.print(f"note: {text}", style="yellow", markup=False)
     console.print(f"wrote {args.output}", markup=False)
-    return 0
 
 
 def denoise_picture(picture, model, args: argparse.Namespace, overlap: int, console) -> None:
@@ -150,11 +184,15 @@ def _run_tile(network, sigma, replicate: bool):
     return lambda x: network(x.expand(-1, 3, -1, -1), sigma).mean(dim=1, keepdim=True)
 
 
-def _check_options(args: argparse.Namespace, overlap: int) -> None:
+def _check_device(args: argparse.Namespace) -> None:
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch finds no CUDA device; `pydenoise info` shows what it sees")
+
+
+def _check_options(args: argparse.Namespace, overlap: int) -> None:
+    _check_device(args)
     if args.precision == "int8" and args.backend == "torch":
         raise CommandError("--precision int8: torch has no int8 convolutions on its own; leave out --backend torch")
     if args.tile and args.tile <= 2 * overlap:

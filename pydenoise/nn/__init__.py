@@ -1,6 +1,8 @@
 """Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
 
 from pydenoise.nn._plans import Request
+from pydenoise.nn.attention_guided_bilateral import AttentionGuidedBilateral, SigmaPredictor, SigmaRegion
+from pydenoise.nn.filter2noise_loss import Filter2NoiseLoss
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
 from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
 from pydenoise.nn.int8_chain import Int8Chain
@@ -17,7 +19,9 @@ from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 __all__ = [
+    "AttentionGuidedBilateral",
     "AttentionSpec",
+    "Filter2NoiseLoss",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
@@ -32,6 +36,8 @@ __all__ = [
     "Int8Upsample2D",
     "Request",
     "ResnetSpec",
+    "SigmaPredictor",
+    "SigmaRegion",
     "SparseDAttention",
     "SparseDSchedule",
     "SparsityReport",
