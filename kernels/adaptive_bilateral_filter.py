@@ -133,7 +133,7 @@ def filter_kernel(
     weights = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for dy in range(-r, r + 1):
         line = _reflected(rows + dy, height)[:, None] * row_stride
-        down = of_y * (dy * dy).to(tl.float32)
+        down = of_y * (dy * dy)
         for dx in range(-r, r + 1):
             place = line + _reflected(columns + dx, width)[None, :] * column_stride
             value = tl.load(x + c * channel_stride + place[None], mask=ok, other=0.0).to(tl.float32)
@@ -141,7 +141,7 @@ def filter_kernel(
                 distance = tl.sum((value - own) * (value - own), 0)
             else:
                 distance = _distance(x, centre, place, there, channel_stride, channels, BLOCK_C)
-            weight = tl.exp2(of_range * distance + (of_x * (dx * dx).to(tl.float32) + down))
+            weight = tl.exp2(of_range * distance + (of_x * (dx * dx) + down))
             weights += weight
             total += weight[None] * value
     weights += _EPSILON
@@ -149,7 +149,8 @@ def filter_kernel(
     result = (total / weights[None]).to(out.dtype.element_ty)
     tl.store(out + (image * channels + c) * height * width + pixel[None], result, mask=ok)
     if norm is not None:
-        tl.store(norm + image * height * width + pixel, weights, mask=there & (tl.program_id(2) == 0))
+        if tl.program_id(2) == 0:
+            tl.store(norm + image * height * width + pixel, weights, mask=there)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -194,7 +195,7 @@ def gradients_kernel(
     sum_y, sum_range = sum_x, sum_x
     for dy in range(-r, r + 1):
         line = _reflected(rows + dy, height)[:, None] * row_stride
-        down = of_y * (dy * dy).to(tl.float32)
+        down = of_y * (dy * dy)
         for dx in range(-r, r + 1):
             place = line + _reflected(columns + dx, width)[None, :] * column_stride
             difference = tl.load(x + c * channel_stride + place[None], mask=ok, other=0.0).to(tl.float32) - own
@@ -204,9 +205,9 @@ def gradients_kernel(
             else:
                 distance = _distance(x, centre, place, there, channel_stride, channels, BLOCK_C)
                 product = _product(e, x, pixel, centre, place, there, plane, channel_stride, channels, BLOCK_C)
-            a = tl.exp2(of_range * distance + (of_x * (dx * dx).to(tl.float32) + down)) * (product - own_shift)
-            sum_x += a * (dx * dx).to(tl.float32)
-            sum_y += a * (dy * dy).to(tl.float32)
+            a = tl.exp2(of_range * distance + (of_x * (dx * dx) + down)) * (product - own_shift)
+            sum_x += a * (dx * dx)
+            sum_y += a * (dy * dy)
             sum_range += a * distance
             pull += a[None] * difference
 
@@ -216,13 +217,13 @@ def gradients_kernel(
         tile_columns = left // TILE_N + tl.arange(0, BLOCK_N // TILE_N)
         to = (tile_rows[:, None] * (width // TILE_N) + tile_columns[None, :]) * 3
         inside = (tile_rows < height // TILE_M)[:, None] & (tile_columns < width // TILE_N)[None, :]
-        inside = inside & (tl.program_id(2) == 0)
-        for k in tl.static_range(3):
-            width_of = tl.load(sigma + tile * 3 + k)
-            part = (sum_x if k == 0 else sum_y if k == 1 else sum_range) / width_of / width_of / width_of
-            part = tl.where(there, part, 0.0)
-            part = tl.reshape(part, (BLOCK_M // TILE_M, TILE_M, BLOCK_N // TILE_N, TILE_N))
-            tl.store(dsigma + to + k, tl.sum(tl.sum(part, 3), 1), mask=inside)
+        if tl.program_id(2) == 0:
+            for k in tl.static_range(3):
+                width_of = tl.load(sigma + tile * 3 + k)
+                part = (sum_x if k == 0 else sum_y if k == 1 else sum_range) / width_of / width_of / width_of
+                part = tl.where(there, part, 0.0)
+                part = tl.reshape(part, (BLOCK_M // TILE_M, TILE_M, BLOCK_N // TILE_N, TILE_N))
+                tl.store(dsigma + to + k, tl.sum(tl.sum(part, 3), 1), mask=inside)
 
     if dinput is not None:
         total = pull * (of_range * -_TWO_LN2)[None]
@@ -234,7 +235,7 @@ def gradients_kernel(
             sign_y = 1 - 2 * (mirror_y % 2)
             start_y = (mirror_y // 2 - turns_y) * period_y
             target_y = start_y + sign_y * rows
-            distinct_y = (sign_y > 0) | ((rows > 0) & (rows < height - 1))
+            distinct_y = tl.where((rows > 0) & (rows < height - 1), 1, sign_y) > 0
             low = start_y + tl.minimum(sign_y * top, sign_y * last_row)
             high = start_y + tl.maximum(sign_y * top, sign_y * last_row)
             for dy in range(tl.maximum(-r, low - (height - 1)), tl.minimum(r, high) + 1):
@@ -244,7 +245,7 @@ def gradients_kernel(
                     sign_x = 1 - 2 * (mirror_x % 2)
                     start_x = (mirror_x // 2 - turns_x) * period_x
                     target_x = start_x + sign_x * columns
-                    distinct_x = (sign_x > 0) | ((columns > 0) & (columns < width - 1))
+                    distinct_x = tl.where((columns > 0) & (columns < width - 1), 1, sign_x) > 0
                     left_end = start_x + tl.minimum(sign_x * left, sign_x * last_column)
                     right_end = start_x + tl.maximum(sign_x * left, sign_x * last_column)
                     for dx in range(tl.maximum(-r, left_end - (width - 1)), tl.minimum(r, right_end) + 1):
@@ -270,7 +271,7 @@ def gradients_kernel(
                         its_x = tl.load(factors + its_tile * 3, mask=reads, other=0.0)
                         its_y = tl.load(factors + its_tile * 3 + 1, mask=reads, other=0.0)
                         its_range = tl.load(factors + its_tile * 3 + 2, mask=reads, other=0.0)
-                        spatial = its_x * (dx * dx).to(tl.float32) + its_y * (dy * dy).to(tl.float32)
+                        spatial = its_x * (dx * dx) + its_y * (dy * dy)
                         weight = tl.where(reads, tl.exp2(its_range * distance + spatial), 0.0)
                         slope = product * its_range * _TWO_LN2
                         total += weight[None] * (slope[None] * difference + its_e)
