@@ -11,7 +11,7 @@ from pydenoise.kernels._tiles import Kernel, Launch, variants
 from torch import Tensor
 
 LARGEST_RADIUS = 127
-MOST_CHANNELS = 16  # at once; with more of them distances are added up in a loop
+MOST_CHANNELS = 8  # at once; with more of them distances are added up in a loop
 _EPSILON = tl.constexpr(1e-8)  # added to the sum of weights
 _HALF_LOG2E = tl.constexpr(0.7213475204444817)
 _TWO_LN2 = tl.constexpr(1.3862943611198906)
@@ -298,8 +298,8 @@ FACTORS = _kernel("bilateral_factors", factors_kernel, ("BLOCK_P",), (512, 4, 1)
 QUOTIENTS = _kernel("bilateral_quotients", quotients_kernel, ("BLOCK_P",), (512, 4, 1))
 FILTER = _kernel("bilateral", filter_kernel, _BLOCK, (8, 32, 4, 1))
 FILTER_MANY = _kernel("bilateral_many", filter_kernel, _BLOCK, (8, 16, 4, 1))
-GRADIENTS = _kernel("bilateral_gradients", gradients_kernel, _BLOCK, (8, 32, 4, 1))
-GRADIENTS_MANY = _kernel("bilateral_gradients_many", gradients_kernel, _BLOCK, (8, 16, 4, 1))
+GRADIENTS = _kernel("bilateral_gradients", gradients_kernel, _BLOCK, (8, 16, 4, 1))
+GRADIENTS_MANY = _kernel("bilateral_gradients_many", gradients_kernel, _BLOCK, (4, 16, 4, 1))
 KERNELS = (FACTORS, QUOTIENTS, FILTER, FILTER_MANY, GRADIENTS, GRADIENTS_MANY)
 
 
