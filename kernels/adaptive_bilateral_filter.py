@@ -18,7 +18,7 @@ _TWO_LN2 = tl.constexpr(1.3862943611198906)
 _STEEPEST = tl.constexpr(-1e30)  # of a factor: times a difference of 0 it is still 0
 _SCALARS = ("channels", "height", "width", "tile_height", "tile_width", "across", "tiles", "image_stride",
             "channel_stride", "row_stride", "column_stride", "grad_image", "grad_channel", "grad_row", "grad_column",
-            "out_image", "out_channel", "out_row", "out_column", "radius_stride", "count", "blocks_across")  # fmt: skip
+            "out_image", "out_channel", "out_row", "out_column", "radius_stride", "count")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ kernels
@@ -111,11 +111,12 @@ def _product(e, x, of_e, own, other, ok, plane, channel_stride, channels, BLOCK_
 @triton.jit(do_not_specialize=_SCALARS)
 def filter_kernel(
     x, factors, radius, out, norm, channels, height, width, tile_height, tile_width, across, tiles,
-    image_stride, channel_stride, row_stride, column_stride, radius_stride, blocks_across,
+    image_stride, channel_stride, row_stride, column_stride, radius_stride,
     WHOLE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The filter of one rectangle, for BLOCK_C of the channels; WHOLE: for all. ``norm`` may be None."""
     image = tl.program_id(1).to(tl.int64)
+    blocks_across = tl.cdiv(width, BLOCK_N)
     rows = tl.program_id(0) // blocks_across * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(0) % blocks_across * BLOCK_N + tl.arange(0, BLOCK_N)
     c = (tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C))[:, None, None]
@@ -157,7 +158,7 @@ def filter_kernel(
 def gradients_kernel(
     x, sigma, factors, radius, e, shift, dinput, dsigma,
     channels, height, width, tile_height, tile_width, across, tiles,
-    image_stride, channel_stride, row_stride, column_stride, radius_stride, blocks_across,
+    image_stride, channel_stride, row_stride, column_stride, radius_stride,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, WHOLE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -167,6 +168,7 @@ def gradients_kernel(
     others read.
     """
     image = tl.program_id(1).to(tl.int64)
+    blocks_across = tl.cdiv(width, BLOCK_N)
     top = tl.program_id(0) // blocks_across * BLOCK_M
     left = tl.program_id(0) % blocks_across * BLOCK_N
     rows, columns = top + tl.arange(0, BLOCK_M), left + tl.arange(0, BLOCK_N)
@@ -290,8 +292,8 @@ _BLOCK = ("BLOCK_M", "BLOCK_N")
 
 
 # One rectangle for each kernel: sums of a tile's gradient depend on it. Many channels take smaller ones.
-def _kernel(name: str, function, axes: tuple[str, ...], row: tuple) -> Kernel:
-    return Kernel(name, function, variants(name, axes, [row]), _nothing)
+def _kernel(name: str, function, axes: tuple[str, ...], *rows: tuple) -> Kernel:
+    return Kernel(name, function, variants(name, axes, rows), _nothing)
 
 
 FACTORS = _kernel("bilateral_factors", factors_kernel, ("BLOCK_P",), (512, 4, 1))
@@ -299,7 +301,7 @@ QUOTIENTS = _kernel("bilateral_quotients", quotients_kernel, ("BLOCK_P",), (512,
 FILTER = _kernel("bilateral", filter_kernel, _BLOCK, (8, 32, 4, 1))
 FILTER_MANY = _kernel("bilateral_many", filter_kernel, _BLOCK, (8, 16, 4, 1))
 GRADIENTS = _kernel("bilateral_gradients", gradients_kernel, _BLOCK, (8, 16, 4, 1))
-GRADIENTS_MANY = _kernel("bilateral_gradients_many", gradients_kernel, _BLOCK, (4, 16, 4, 1))
+GRADIENTS_MANY = _kernel("bilateral_gradients_many", gradients_kernel, _BLOCK, (4, 16, 4, 1, 80, 89), (8, 16, 4, 1, 90))
 KERNELS = (FACTORS, QUOTIENTS, FILTER, FILTER_MANY, GRADIENTS, GRADIENTS_MANY)
 
 
@@ -348,10 +350,8 @@ def plan_filter(
     """The launch that writes ``out`` and ``norm``."""
     shared = _geometry(input, sigma, radius)
     kernel = FILTER if shared["BLOCK_C"] <= 4 else FILTER_MANY
-    block = dict(kernel.variants[0].meta)
     own = {"factors": factors, "radius": each, "out": out, "norm": norm}
-    across = {"blocks_across": triton.cdiv(shared["width"], block["BLOCK_N"])}
-    return Launch(kernel, {**shared, **own, **across}, lambda meta: _rectangles(input.shape[0], shared, meta))
+    return Launch(kernel, {**shared, **own}, lambda meta: _rectangles(input.shape[0], shared, meta))
 
 
 def plan_quotients(grad: Tensor, input: Tensor, out: Tensor, norm: Tensor) -> tuple[Launch, Tensor, Tensor]:
@@ -374,9 +374,9 @@ def plan_gradients(
     pixels)."""
     shared = _geometry(input, sigma, radius)
     kernel = GRADIENTS if shared["BLOCK_C"] <= 4 else GRADIENTS_MANY
-    block = dict(kernel.variants[0].meta)
+    block = dict(GRADIENTS.variants[0].meta)
     sides = (shared["tile_height"], shared["tile_width"])
-    fits = all(b % side == 0 for b, side in zip((block["BLOCK_M"], block["BLOCK_N"]), sides, strict=True))
+    fits = kernel is GRADIENTS and block["BLOCK_M"] % sides[0] == 0 and block["BLOCK_N"] % sides[1] == 0
     tile = sides if fits else (1, 1)
     dsigma = None
     if need_sigma:
@@ -384,7 +384,7 @@ def plan_gradients(
         dsigma = torch.empty(shape, dtype=torch.float32, device=input.device)
     own = {
         "sigma": sigma, "factors": factors, "radius": each, "e": e, "shift": shift, "dinput": dinput, "dsigma": dsigma,
-        "TILE_M": tile[0], "TILE_N": tile[1], "blocks_across": triton.cdiv(shared["width"], block["BLOCK_N"]),
+        "TILE_M": tile[0], "TILE_N": tile[1],
     }  # fmt: skip
     grid = lambda meta: _rectangles(input.shape[0], shared, meta)  # noqa: E731
     return Launch(kernel, {**shared, **own}, grid), dsigma

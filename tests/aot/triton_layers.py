@@ -324,6 +324,8 @@ TOKENS = Family(
 
 def _bilateral_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
     """Pictures: gray ones with tiles and with a sigma for every pixel, colour ones; or features of many channels."""
+    if not variant.least <= arch <= variant.most:
+        return ()
     if variant.kernel == "bilateral_factors":
         return (("tiles", torch.float32), ("fixed", torch.float32))
     if variant.kernel.endswith("_many"):
