@@ -127,8 +127,9 @@ class AttentionGuidedBilateral(nn.Module):
                 raise ValueError(f"{name}: expected an int >= 1, got {value}")
         if not (isinstance(largest, (int, float)) and 0 < largest <= 120):
             raise ValueError(f"largest: expected a number above 0, at most 120, got {largest!r}")
-        if radius not in RADII and not (type(radius) is int and radius >= 0):
-            raise ValueError(f"radius: expected 'batch', 'per_image' or an int >= 0, got {radius!r}")
+        if radius not in RADII and not (type(radius) is int and 0 <= radius <= LARGEST_RADIUS):
+            most = LARGEST_RADIUS
+            raise ValueError(f"radius: expected 'batch', 'per_image' or an int from 0 to {most}, got {radius!r}")
         self.channels, self.patch_size, self.radius, self.backend = channels, patch_size, radius, backend
         kind = {"device": device, "dtype": dtype}
         self.predictors = nn.ModuleList(
