@@ -19,6 +19,7 @@ _MODULES = (
     "ops",
     "models",
     "imaging",
+    "self_supervised",
     "samplers",
     "hyperspectral",
 )

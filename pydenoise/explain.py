@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pydenoise.ops import (
+    adaptive_bilateral_filter,
     attention,
     block_importance,
     block_sparse_attention,
@@ -63,6 +64,7 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "sampler_step": (sampler_step.OP, sampler_step.prepare),
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
     "dcls_kernel": (dcls_kernel.OP, dcls_kernel.prepare),
+    "adaptive_bilateral_filter": (adaptive_bilateral_filter.OP, adaptive_bilateral_filter.prepare),
 }
 
 

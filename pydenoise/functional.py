@@ -1,5 +1,6 @@
 """Functional API: the ops under their torch.nn.functional-style names."""
 
+from pydenoise.ops.adaptive_bilateral_filter import adaptive_bilateral_filter
 from pydenoise.ops.attention import attention
 from pydenoise.ops.block_importance import block_importance
 from pydenoise.ops.block_sparse_attention import block_sparse_attention
@@ -17,6 +18,7 @@ from pydenoise.ops.token_confidence import token_confidence
 from pydenoise.ops.weighted_conv import weighted_conv1d, weighted_conv2d, weighted_conv3d
 
 __all__ = [
+    "adaptive_bilateral_filter",
     "attention",
     "block_importance",
     "block_sparse_attention",

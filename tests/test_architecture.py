@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"functional", "densities", "explain", "testing"}),
     frozenset({"quantization"}),
     frozenset({"nn", "samplers", "models", "imaging", "recording"}),
-    frozenset({"surgery", "hyperspectral"}),
+    frozenset({"surgery", "hyperspectral", "self_supervised"}),
     frozenset({"accelerate"}),
     frozenset({"benchmarks"}),
     frozenset({"cli"}),

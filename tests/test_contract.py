@@ -155,6 +155,8 @@ ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_spars
 }  # fmt: skip
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
 DCLS_OPS = {"dcls_kernel", "dcls_kernel_backward"}  # tests/test_contract_dcls.py
+BILATERAL_OPS = {"adaptive_bilateral_filter", "adaptive_bilateral_filter_backward"}  # tests/test_contract_bilateral.py
+BLOCK_OPS = DCLS_OPS | BILATERAL_OPS
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")
@@ -166,7 +168,7 @@ CONTRACTS = {
 
 
 def test_every_op_has_a_contract_and_a_reference():
-    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | SAMPLING_OPS | DCLS_OPS, (
+    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | SAMPLING_OPS | BLOCK_OPS, (
         "a new op needs an entry in a contract test"
     )
     for op in registry.ops():

@@ -12,6 +12,11 @@ PAGES = {
     "blocks-dcls": "P[0] moved by +2",
     "blocks-hyperspectral": "4 components; noise of",
 }  # and what each one prints
+PAGES = {  # and what each one prints
+    "sparse-attention": "dense and",
+    "samplers": "means of the classes: tensor([-",
+    "blocks-bilateral": "root mean square error 0.099, denoised 0.02",
+}
 
 
 @pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")

@@ -1,9 +1,10 @@
-"""``pydenoise denoise``: FFDNet on the user's own picture or hyperspectral cube."""
+"""``pydenoise denoise``: FFDNet, or a denoiser trained on the picture itself, on a picture or hyperspectral cube."""
 
 import argparse
 import math
 from pathlib import Path
 
+from pydenoise.cli import self_supervised
 from pydenoise.cli.denoise_cube import add_options, refuse_options, run_cube
 from pydenoise.cli.main import CommandError
 from pydenoise.cli.pieces import choose_pieces, int8_options, to_tensor
@@ -14,7 +15,8 @@ DESCRIPTION = """Remove noise from a picture with FFDNet. PNG, JPEG and TIFF; gr
 output keeps; alpha, colour profile and (except in TIFF) EXIF data travel along. The picture goes through the network in
 overlapping tiles, so memory does not grow with its size. Gray pictures go through the colour network as three equal
 channels, whose results are averaged. Cubes of many bands (.npy; TIFF of several pages, more than four samples a pixel
-or floating point) are denoised in the few components that their spectra have (FastHyDe); they need no --sigma."""
+or floating point) are denoised in the few components that their spectra have (FastHyDe); they need no --sigma.
+With --self-supervised, a small filter is trained on the picture itself."""
 
 
 def add_parser(subparsers) -> None:
@@ -40,7 +42,8 @@ def add_parser(subparsers) -> None:
         type=_even,
         default=512,
         metavar="N",
-        help="side of a tile, margins included; 0: no tiles (default: 512)",
+        help="side of a tile, margins included; 0: no tiles (default: 512). With --self-supervised, the square whose "
+        "patches are compared with each other when the picture is filtered",
     )
     margin = "margin of a tile that is read but not used (default: the receptive radius, 24, which is exact)"
     add("--overlap", type=_even, metavar="N", help=margin)
@@ -49,24 +52,49 @@ def add_parser(subparsers) -> None:
     add("--backend", choices=("pydenoise", "torch"), default="pydenoise", help="whose kernels (default: pydenoise)")
     add("-q", "--quiet", action="store_true", help="print nothing but errors")
     add_options(parser, positive)
+    self_supervised.add_options(parser, _sigma, positive)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then denoise and write; returns the exit code."""
-    from pydenoise.imaging import check_output, is_cube, read_picture, require, write_picture
-    from pydenoise.models import load_ffdnet
-    from pydenoise.models.weights import find_ffdnet
+    from pydenoise.imaging import is_cube, require
 
+    self_supervised.check_options(args)
     console = require("rich.console", "rich", "the command line").Console(
         stderr=True, quiet=args.quiet, highlight=False
     )
     _check_device(args)
     if is_cube(args.input):
+        if args.self_supervised:
+            raise CommandError("--self-supervised: for pictures; a cube is denoised in its own components")
         return run_cube(args, console, prepare_network)
     refuse_options(args)
+    return run_self_supervised(args, console) if args.self_supervised else run_ffdnet(args, console)
+
+
+def run_self_supervised(args: argparse.Namespace, console) -> int:
+    """Train on the picture, filter it, write it."""
+    from pydenoise.imaging import check_output, read_picture
+
+    picture = read_picture(args.input)
+    check_output(args.output, picture)
+    for text in picture.notes:
+        console.print(f"note: {text}", style="yellow", markup=False)
+    console.print(f"{args.input}: {picture.describe()}", markup=False)
+    self_supervised.denoise_picture(picture, args, console)
+    _write(args, picture, console)
+    return 0
+
+
+def run_ffdnet(args: argparse.Namespace, console) -> int:
+    """Run the network over the picture, write it."""
+    from pydenoise.imaging import check_output, read_picture
+    from pydenoise.models import load_ffdnet
+    from pydenoise.models.weights import find_ffdnet
+
     if args.sigma is None:
-        raise CommandError("the following arguments are required: --sigma")
+        raise CommandError("the following arguments are required: --sigma, or --self-supervised")
     model = load_ffdnet(find_ffdnet(args.weights))
     overlap = model.receptive_radius if args.overlap is None else args.overlap
     _check_options(args, overlap)
@@ -78,10 +106,16 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"note: {text}", style="yellow", markup=False)
     console.print(f"{args.input}: {picture.describe()}", markup=False)
     denoise_picture(picture, model, args, overlap, console)
+    _write(args, picture, console)
+    return 0
+
+
+def _write(args: argparse.Namespace, picture, console) -> None:
+    from pydenoise.imaging import write_picture
+
     for text in write_picture(args.output, picture):
         console.print(f"note: {text}", style="yellow", markup=False)
     console.print(f"wrote {args.output}", markup=False)
-    return 0
 
 
 def denoise_picture(picture, model, args: argparse.Namespace, overlap: int, console) -> None:

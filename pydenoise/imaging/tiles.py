@@ -32,7 +32,7 @@ def axis_spans(size: int, tile: int, overlap: int, align: int = 2) -> list[Span]
         high = start + tile - overlap
         spans.append(Span(start, start + tile, low, high))
         low = high
-        start = min(start + step, size - tile + (size - tile) % align)
+        start = min(start + step, size - tile + (tile - size) % align)
     return [*spans, Span(start, size, low, size)]
 
 

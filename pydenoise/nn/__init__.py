@@ -1,9 +1,11 @@
 """Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
 
 from pydenoise.nn._plans import Request
+from pydenoise.nn.attention_guided_bilateral import AttentionGuidedBilateral, SigmaPredictor, SigmaRegion
 from pydenoise.nn.dcls_conv import DclsConv1d, DclsConv2d, DclsConv3d
 from pydenoise.nn.dcls_loading import DclsLoadReport, load_dcls_state_dict
 from pydenoise.nn.dcls_variants import DclsConv2_1d, DclsConv2dK1d, DclsConv3_1d
+from pydenoise.nn.filter2noise_loss import Filter2NoiseLoss
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
 from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
 from pydenoise.nn.int8_chain import Int8Chain
@@ -20,6 +22,7 @@ from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 __all__ = [
+    "AttentionGuidedBilateral",
     "AttentionSpec",
     "DclsConv1d",
     "DclsConv2_1d",
@@ -28,6 +31,7 @@ __all__ = [
     "DclsConv3_1d",
     "DclsConv3d",
     "DclsLoadReport",
+    "Filter2NoiseLoss",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
@@ -42,6 +46,8 @@ __all__ = [
     "Int8Upsample2D",
     "Request",
     "ResnetSpec",
+    "SigmaPredictor",
+    "SigmaRegion",
     "SparseDAttention",
     "SparseDSchedule",
     "SparsityReport",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from pydenoise.kernels import (
     _tiles,
+    adaptive_bilateral_filter,
     block_importance,
     block_sparse_attention,
     dcls_kernel,
@@ -320,6 +321,44 @@ TOKENS = Family(
     lambda variant: 0,
 )
 
+# --------------------------------------------------------------------------------------------------- bilateral filter
+
+
+def _bilateral_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """Pictures: gray ones with tiles and with a sigma for every pixel, colour ones; or features of many channels."""
+    if not variant.least <= arch <= variant.most:
+        return ()
+    if variant.kernel == "bilateral_factors":
+        return (("tiles", torch.float32), ("fixed", torch.float32))
+    if variant.kernel.endswith("_many"):
+        return (("channels8", torch.float32), ("channels64", torch.bfloat16))
+    return (("tiles", torch.float32), ("colour", torch.float32), ("pixels", torch.bfloat16), ("tiles", torch.float16))
+
+
+def _bilateral_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    channels = {"colour": 3, "channels8": 8, "channels64": 64}.get(name, 1)
+    x = empty(2, channels, 512, 512, dtype=dtype)
+    side = 512 if name == "pixels" else 64
+    sigma, norm, radius = empty(2, side, side, 3), empty(2, 512, 512), 3 if name == "fixed" else -2
+    launch, factors, each = adaptive_bilateral_filter.plan_factors(sigma, radius)
+    quotients, e, shift = adaptive_bilateral_filter.plan_quotients(x, x, x, norm)
+    rest = (x, sigma, factors, each, radius)
+    found = [launch, quotients, adaptive_bilateral_filter.plan_filter(*rest, x, norm)]
+    found.append(adaptive_bilateral_filter.plan_gradients(*rest, e, shift, x, True)[0])
+    return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
+
+
+BILATERAL = Family(
+    {kernel.name: kernel.function for kernel in adaptive_bilateral_filter.KERNELS},
+    tuple(variant for kernel in adaptive_bilateral_filter.KERNELS for variant in kernel.variants),
+    _bilateral_problems,
+    _bilateral_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
+
 # ------------------------------------------------------------------------------------------------------ sampler steps
 
 
@@ -468,4 +507,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, ATTENTION, DCLS)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS)

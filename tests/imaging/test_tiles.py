@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pydenoise.imaging import map_tiles, tile_windows
+from pydenoise.imaging.tiles import axis_spans
 from pydenoise.models import FFDNet
 
 
@@ -89,6 +90,17 @@ def test_only_one_tile_is_in_floating_point():
     shapes = []
     map_tiles(np.zeros((200, 300, 3), np.uint8), lambda x: shapes.append(tuple(x.shape)) or x, tile=64, overlap=8)
     assert max(height * width for _, _, height, width in shapes) <= 64 * 64
+
+
+@pytest.mark.parametrize("align", [2, 8, 16])
+@pytest.mark.parametrize("size", range(60, 90))
+def test_starts_are_multiples(size, align):
+    spans = axis_spans(size, 48, 16, align)
+    assert all(span.start % align == 0 for span in spans)
+    assert [span.low for span in spans] == [0, *(span.high for span in spans[:-1])] and spans[-1].high == size
+    assert (
+        all(span.stop - span.start == 48 for span in spans[:-1]) and 48 - align < spans[-1].stop - spans[-1].start <= 48
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- cubes

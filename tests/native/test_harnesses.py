@@ -105,6 +105,7 @@ def test_on_an_older_processor(harness, level, tmp_path):
         "block_importance",
         "block_sparse_attention",
         "token_confidence",
+        "adaptive_bilateral_filter",
         "sampler_step",
         "dcls_kernel",
     ],
