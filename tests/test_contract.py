@@ -155,7 +155,10 @@ ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_spars
 }  # fmt: skip
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
 DCLS_OPS = {"dcls_kernel", "dcls_kernel_backward"}  # tests/test_contract_dcls.py
-BILATERAL_OPS = {"adaptive_bilateral_filter", "adaptive_bilateral_filter_backward"}  # tests/test_contract_bilateral.py
+BILATERAL_OPS = {
+    "adaptive_bilateral_filter",
+    "adaptive_bilateral_filter_backward",
+}  # tests/test_contract_adaptive_bilateral_filter.py
 BLOCK_OPS = DCLS_OPS | BILATERAL_OPS
 CONTRACTS = {
     "weighted_conv": Contract(
