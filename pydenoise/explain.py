@@ -14,6 +14,7 @@ from pydenoise.ops import (
     registry,
     sampler_step,
     token_confidence,
+    wavelet_gate,
     weighted_conv,
 )
 
@@ -61,6 +62,9 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
     "sampler_step": (sampler_step.OP, sampler_step.prepare),
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
+    "wavelet_gate_down": (wavelet_gate.OP, wavelet_gate.prepare_down),
+    "wavelet_gate_up": (wavelet_gate.OP, wavelet_gate.prepare_up),
+    "wavelet_gate_pool": (wavelet_gate.OP_POOL, wavelet_gate.prepare_pool),
 }
 
 

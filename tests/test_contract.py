@@ -154,6 +154,7 @@ ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_spars
     "attention", "block_sparse_attention", "block_sparse_attention_backward", "block_importance",
 }  # fmt: skip
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
+WAVELET_OPS = {"wavelet_gate", "wavelet_gate_backward", "wavelet_gate_pool"}  # tests/test_contract_wavelet_gate.py
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")
@@ -165,7 +166,7 @@ CONTRACTS = {
 
 
 def test_every_op_has_a_contract_and_a_reference():
-    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | SAMPLING_OPS, (
+    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | SAMPLING_OPS | WAVELET_OPS, (
         "a new op needs an entry in a contract test"
     )
     for op in registry.ops():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"sparse-attention": "dense and", "samplers": "means of the classes: tensor([-"}  # and what each one prints
+PAGES = {"blocks-wavelet": "doubled: (2, 16, 32, 32)", "sparse-attention": "dense and", "samplers": "means of the classes: tensor([-"}  # and what each one prints
 
 
 @pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")

@@ -14,6 +14,7 @@ from pydenoise.kernels import (
     quantize,
     sampler_step,
     token_confidence,
+    wavelet_gate,
 )
 from pydenoise.kernels import weighted_conv as wc
 from torch import Tensor
@@ -362,6 +363,48 @@ STEPS = Family(
     lambda variant: 0,
 )
 
+# ------------------------------------------------------------------------------------------------------- wavelet gates
+
+_WAVELETS = {kernel.name: kernel for kernel in wavelet_gate.KERNELS}
+
+
+def _wavelet_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """A level of a U-Net; at 90 the first tile also with odd sizes, with a gate per channel and with one gradient."""
+    found = [("shared", torch.bfloat16)]
+    if arch == 90 and variant is _WAVELETS[variant.kernel].variants[0]:
+        found += [("shared", torch.float32), ("odd", torch.bfloat16), ("per_channel", torch.float16)]
+        if "backward" in variant.kernel:
+            found += [("input", torch.bfloat16), ("gate", torch.bfloat16)]
+    return tuple(found)
+
+
+def _wavelet_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    batch, channels, side = 8, 256, 63 if name == "odd" else 64
+    coarse, up = (side + 1) // 2, "up" in variant.kernel
+    make = image if variant.kernel.endswith("_last") else empty
+    fine, band = make(batch, channels, side, side, dtype=dtype), make(batch, channels, coarse, coarse, dtype=dtype)
+    gate = empty(batch, 4, channels) if name == "per_channel" else empty(batch, 4)
+    x, y = (make(batch, 4 * channels, coarse, coarse, dtype=dtype), fine) if up else (fine, band)
+    result, of_gate = (None if name == "gate" else x), (None if name == "input" else gate)
+    offset = None if name == "gate" else empty(batch, x.shape[1])
+    found = [
+        wavelet_gate.plan_forward(x, gate, up, (side, side), y),
+        *wavelet_gate.plan_backward(y, x, gate, offset, up, (side, side), result, of_gate),
+        *wavelet_gate.plan_pool(x, empty(batch, channels, dtype=dtype)),
+    ]
+    return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
+
+
+WAVELETS = Family(
+    {name: kernel.function for name, kernel in _WAVELETS.items()},
+    tuple(variant for kernel in _WAVELETS.values() for variant in kernel.variants),
+    _wavelet_problems,
+    _wavelet_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 _ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
@@ -431,4 +474,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, ATTENTION)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, WAVELETS, ATTENTION)
