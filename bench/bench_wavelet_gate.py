@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from pydenoise.benchmarks import blocks_wavelet as blocks
-from pydenoise.benchmarks import measure
 
 
 @pytest.mark.parametrize("name", blocks.PROVIDERS)

@@ -178,7 +178,9 @@ def main() -> None:
     args = arguments()
     images, labels = real_digits()
     teacher = load_digits()
-    print(f"{'':>24} {'parameters':>10} {'MMAC':>6} {'ms':>6} {'noise':>6} {'class':>6} {'low':>6} {'high':>6} {'trained':>8}")
+    print(
+        f"{'':>24} {'parameters':>10} {'MMAC':>6} {'ms':>6} {'noise':>6} {'class':>6} {'low':>6} {'high':>6} {'trained':>8}"
+    )
     for name in ("teacher", *STUDENTS):
         start = time.perf_counter()
         model = teacher if name == "teacher" else distil(STUDENTS[name], teacher, images, labels, args)

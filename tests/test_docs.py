@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"blocks-wavelet": "doubled: (2, 16, 32, 32)", "sparse-attention": "dense and", "samplers": "means of the classes: tensor([-"}  # and what each one prints
+PAGES = {  # and what each one prints
+    "blocks-wavelet": "doubled: (2, 16, 32, 32)",
+    "samplers": "means of the classes: tensor([-",
+    "sparse-attention": "dense and",
+}
 
 
 @pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")

@@ -59,9 +59,9 @@ Params params_of(const Tensor& input, const Tensor& gate, bool up, const Sizes& 
     p.up = up;
     p.batch = input.size(0), p.channels = up ? input.size(1) / kBands : input.size(1);
     p.height = size[0], p.width = size[1];
-    const bool fits = up ? input.size(2) == block_rows(p) && input.size(3) == block_columns(p) &&
-                               input.size(1) == kBands * p.channels
-                         : input.size(2) == p.height && input.size(3) == p.width;
+    const bool fits =
+        up ? input.size(2) == block_rows(p) && input.size(3) == block_columns(p) && input.size(1) == kBands * p.channels
+           : input.size(2) == p.height && input.size(3) == p.width;
     STD_TORCH_CHECK(fits, "input: its size does not fit that of the image");
     p.gates = gate.dim() == 3 ? gate.size(2) : 1;
     STD_TORCH_CHECK(p.gates == 1 || p.gates == p.channels, "gate: expected one for all channels, or one for each");

@@ -135,13 +135,15 @@ bool pool(Isa isa, PoolParams p) {
     if (p.batch * p.channels == 0) return true;
     const Split split = split_of(p, p.height, p.width);
     p.item_rows = split.item_rows;
-    p.partials = static_cast<float*>(thread_scratch(split.items * partial_size(p) * static_cast<int64_t>(sizeof(float))));
+    p.partials =
+        static_cast<float*>(thread_scratch(split.items * partial_size(p) * static_cast<int64_t>(sizeof(float))));
     if (p.partials == nullptr) return false;
     const KernelSet& set = kernel_set(isa);
     each_item(split, [&](int64_t item) { set.pool(p, item); });
     for (int64_t n = 0; n < p.batch; ++n)
         for (int64_t c = 0; c < p.channels; ++c)
-            p.mean[n * p.channels + c] = static_cast<float>(sum_of(p, split, n, c, 0) / static_cast<double>(p.height * p.width));
+            p.mean[n * p.channels + c] =
+                static_cast<float>(sum_of(p, split, n, c, 0) / static_cast<double>(p.height * p.width));
     return true;
 }
 

@@ -27,15 +27,15 @@ struct Params {
     bool channels_last;  // neighbouring channels are adjacent, else neighbouring columns
     bool past_caches;    // the result is too large to stay in the caches
     int64_t batch, channels, height, width;
-    View fine;          // down: the input; up, backward: the gradient of the result
-    View coarse;        // up: the input; down, backward: the gradient of the result
-    View out;           // what is written: the result, or the gradient of the input
-    const float* gate;  // [batch, 4, gates]
-    int64_t gates;      // channels, or 1: one gate for all of them
+    View fine;            // down: the input; up, backward: the gradient of the result
+    View coarse;          // up: the input; down, backward: the gradient of the result
+    View out;             // what is written: the result, or the gradient of the input
+    const float* gate;    // [batch, 4, gates]
+    int64_t gates;        // channels, or 1: one gate for all of them
     const float* offset;  // backward: [batch, channels of the input], added to the gradient of the input; or null
     float* gate_grad;     // backward: [batch, 4, gates], or null
     // Made by the dispatcher:
-    const float* factors;  // [batch, 4, factor_channels]: of the pixels of a block (down), or half the gates (up)
+    const float* factors;     // [batch, 4, factor_channels]: of the pixels of a block (down), or half the gates (up)
     int64_t factor_channels;  // 1, or channels
     float* partials;          // sums of each item, or null
     int64_t item_rows;        // rows of blocks in an item

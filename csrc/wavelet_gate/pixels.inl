@@ -153,16 +153,14 @@ void up_pixels_backward(const Params& p, int64_t number, T*) {
             const bool whole = g.whole();
             for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
                 vf v[kBands];
-                for (int k = 0; k < kBands; ++k)
-                    v[k] = whole || g.pixel[k] ? load_some(g.pixel[k] + c, count) : vf{};
+                for (int k = 0; k < kBands; ++k) v[k] = whole || g.pixel[k] ? load_some(g.pixel[k] + c, count) : vf{};
                 butterfly(v);
                 for (int k = 0; k < kBands; ++k) {
                     const int64_t place = k * p.channels + c;
                     if constexpr (NeedsSums) sums.add(place, load_some(x + place, count) * v[k], count);
                     if constexpr (NeedsOut) {
-                        vf grad = v[k] * load_some(f + place, count);
-                        if (offset) grad += load_some(offset + place, count);
-                        store_some(out + place, grad, count, p.past_caches);
+                        const vf add = offset ? load_some(offset + place, count) : vf{};
+                        store_some(out + place, v[k] * load_some(f + place, count) + add, count, p.past_caches);
                     }
                 }
             });

@@ -118,8 +118,7 @@ void down_planes_backward(const Params& p, int64_t number, T*) {
             }
             if constexpr (NeedsOut) {
                 store_pairs(out_upper + 2 * j, {grad * a + offset, grad * b + offset}, count, p.past_caches);
-                if (whole)
-                    store_pairs(out_lower + 2 * j, {grad * c + offset, grad * d + offset}, count, p.past_caches);
+                if (whole) store_pairs(out_lower + 2 * j, {grad * c + offset, grad * d + offset}, count, p.past_caches);
             }
         });
         if (p.width % 2) {

@@ -83,7 +83,12 @@ def _slices(up: bool, x: Tensor, gate: Tensor) -> Tensor:
     if not up:
         f = _factors(gate)[..., None, None, None].to(x.dtype)
         upper, lower = x[..., ::2, :], x[..., 1::2, :]
-        return f[:, 0] * upper[..., ::2] + f[:, 1] * upper[..., 1::2] + f[:, 2] * lower[..., ::2] + f[:, 3] * lower[..., 1::2]
+        return (
+            f[:, 0] * upper[..., ::2]
+            + f[:, 1] * upper[..., 1::2]
+            + f[:, 2] * lower[..., ::2]
+            + f[:, 3] * lower[..., 1::2]
+        )
     bands = (x.unflatten(1, (4, -1)) * gate[:, :, None, None, None].to(x.dtype) / 2).unbind(1)
     pixels = [sum(s * b for s, b in zip(column, bands, strict=True)) for column in zip(*SIGNS, strict=True)]
     return F.pixel_shuffle(torch.stack(pixels, 2).flatten(1, 2), 2)
@@ -173,7 +178,9 @@ class WaveletRow:
         return f"{self.case.name:>26}: {times}; {ratios}; {self.of_copy:.0%} of a copy's rate"
 
 
-def rows(shape: tuple[int, ...] = SHAPE, seconds: float = 6.0, cases: tuple[WaveletCase, ...] = CASES) -> Iterator[WaveletRow]:
+def rows(
+    shape: tuple[int, ...] = SHAPE, seconds: float = 6.0, cases: tuple[WaveletCase, ...] = CASES
+) -> Iterator[WaveletRow]:
     """Time ``cases`` one after the other, contenders interleaved, about ``seconds`` each."""
     image = torch.Size(shape).numel()
     for case in cases:

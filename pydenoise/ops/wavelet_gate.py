@@ -259,9 +259,7 @@ def _backward_pool(ctx, grad):
 
 
 torch.library.register_autograd("pydenoise::wavelet_gate", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd(
-    "pydenoise::wavelet_gate_pool", _backward_pool, setup_context=_setup_pool, lib=_library
-)
+torch.library.register_autograd("pydenoise::wavelet_gate_pool", _backward_pool, setup_context=_setup_pool, lib=_library)
 
 
 # --------------------------------------------------------------------------------------------------- backend rows

