@@ -83,7 +83,7 @@ class Student(nn.Module):
 
 
 def teacher_features(teacher: DiffusionUNet) -> list[Tensor]:
-    """A list that holds, after every call of the teacher, what its encoder's first level, middle and decoder end with."""
+    """A list that holds, after every call, what the teacher's first level, middle and decoder end with."""
     found: list[Tensor] = [None, None, None]
     places = (teacher.encoder[0], teacher.middle, teacher.decoder[-1])
     for number, module in enumerate(places):
@@ -178,9 +178,8 @@ def main() -> None:
     args = arguments()
     images, labels = real_digits()
     teacher = load_digits()
-    print(
-        f"{'':>24} {'parameters':>10} {'MMAC':>6} {'ms':>6} {'noise':>6} {'class':>6} {'low':>6} {'high':>6} {'trained':>8}"
-    )
+    heads = ("parameters", "MMAC", "ms", "noise", "class", "low", "high", "trained")
+    print(" " * 24, *(f"{head:>{width}}" for head, width in zip(heads, (10, 6, 6, 6, 6, 6, 6, 8), strict=True)))
     for name in ("teacher", *STUDENTS):
         start = time.perf_counter()
         model = teacher if name == "teacher" else distil(STUDENTS[name], teacher, images, labels, args)

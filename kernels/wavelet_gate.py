@@ -1,7 +1,7 @@
 """Gated Haar wavelets: a program takes some channels of some blocks of 2 x 2 pixels, and loads each pixel once.
 
-Gradients of gates are sums over pixels: a program adds up its part of them, and a second, small kernel joins the parts in
-order. Where columns are adjacent, the two of a block are loaded and stored together.
+Gradients of gates are sums over pixels: a program adds up its part of them, and a second, small kernel joins the parts
+in order. Where columns are adjacent, the two of a block are loaded and stored together.
 """
 
 import torch
@@ -149,7 +149,7 @@ def down_backward_kernel(
     blocks, columns, channels, height, width, per_part, parts, g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, y_n, y_c, y_h,
     y_w, gate_n, gate_k, gate_c, tune, PAIRED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """y: the gradient of the image, plus ``offset`` [n, channels]; sums of grad times each pixel. Either may be None."""
+    """y: the gradient of the image, plus ``offset`` [n, channels]; sums: of grad times pixels. Either may be None."""
     part, program = tl.program_id(0) % parts, tl.program_id(0) // parts
     n = (program // tl.cdiv(channels, BLOCK_C)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, blocks)
@@ -185,7 +185,7 @@ def down_backward_kernel(
 
 @triton.jit
 def _band_gradient(v, k, g, y, offset, n, c, i, j, mask, channels, y_n, y_c, y_h, y_w):
-    """The gradient of band ``k`` of the input, where half the gate is ``g`` and the gradient of the gated band ``v``."""
+    """The gradient of band ``k`` of the input: half the gate is ``g``, the gradient of the gated band ``v``."""
     value = v * g[:, None]
     if offset is not None:
         value += tl.load(offset + (n * 4 + k) * channels + c, mask=c < channels, other=0.0)[:, None]
@@ -199,7 +199,7 @@ def up_backward_kernel(
     blocks, columns, channels, height, width, per_part, parts, g_n, g_c, g_h, g_w, x_n, x_c, x_h, x_w, y_n, y_c, y_h,
     y_w, gate_n, gate_k, gate_c, tune, PAIRED: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """y: the gradient of the bands, plus ``offset`` [n, 4 channels]; sums of bands and gradients. Either may be None."""
+    """y: the gradient of the bands, plus ``offset`` [n, 4 channels]; sums: of both gradients. Either may be None."""
     part, program = tl.program_id(0) % parts, tl.program_id(0) // parts
     n = (program // tl.cdiv(channels, BLOCK_C)).to(tl.int64)
     end = tl.minimum((part + 1) * per_part, blocks)

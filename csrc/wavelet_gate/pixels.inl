@@ -15,6 +15,13 @@ PDN_INLINE void for_channels(int64_t channels, const Step& step) {
     if (c < channels) step(c, static_cast<int>(channels - c));
 }
 
+// Ask for `count` elements, in order. Kernels read four pixels, or bands, side by side: from memory, processors follow
+// that badly, while one run after the other, asked for a block ahead, comes at nearly the full rate.
+template <class T>
+PDN_INLINE void prefetch(const T* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 // The pixels a, b, c, d of a block; of what lies beyond the image, null.
 template <class T>
 struct Block {
@@ -32,6 +39,11 @@ struct Block {
     PDN_INLINE void repeat() {
         if (pixel[1] == nullptr) pixel[1] = pixel[0], pixel[3] = pixel[2];
         if (pixel[2] == nullptr) pixel[2] = pixel[0], pixel[3] = pixel[1];
+    }
+    // Ask for the block to the right; what lies beyond the image does no harm.
+    PDN_INLINE void prefetch_next(const Params& p, const View& view) const {
+        for (int k = 0; k < kBands; ++k)
+            if (pixel[k]) prefetch(pixel[k] + 2 * view.w, p.channels);
     }
     PDN_INLINE bool whole() const { return pixel[3] != nullptr; }
 };
@@ -63,6 +75,7 @@ void down_pixels(const Params& p, int64_t number, T*) {
     for (int64_t i = item.first; i < item.last; ++i)
         for (int64_t j = 0; j < block_columns(p); ++j) {
             Block<const T> x(p, p.fine, item.image, i, j);
+            x.prefetch_next(p, p.fine);
             x.repeat();
             T* y = at<T>(p.out, item.image, 0, i) + j * p.out.w;
             for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
@@ -93,6 +106,7 @@ void down_pixels_backward(const Params& p, int64_t number, T*) {
             const T* g = at<const T>(p.coarse, item.image, 0, i) + j * p.coarse.w;
             if constexpr (NeedsSums) {
                 Block<const T> x(p, p.fine, item.image, i, j);
+                x.prefetch_next(p, p.fine);
                 x.repeat();
                 for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
                     const vf grad = load_some(g + c, count);
@@ -126,6 +140,7 @@ void up_pixels(const Params& p, int64_t number, T*) {
     for (int64_t i = item.first; i < item.last; ++i)
         for (int64_t j = 0; j < block_columns(p); ++j) {
             const T* x = at<const T>(p.coarse, item.image, 0, i) + j * p.coarse.w;
+            prefetch(x + p.coarse.w, kBands * p.channels);
             const Block<T> out(p, p.out, item.image, i, j);
             const bool whole = out.whole();
             for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
@@ -150,6 +165,8 @@ void up_pixels_backward(const Params& p, int64_t number, T*) {
             const Block<const T> g(p, p.fine, item.image, i, j);
             const T* x = NeedsSums ? at<const T>(p.coarse, item.image, 0, i) + j * p.coarse.w : nullptr;
             T* out = NeedsOut ? at<T>(p.out, item.image, 0, i) + j * p.out.w : nullptr;
+            g.prefetch_next(p, p.fine);
+            if constexpr (NeedsSums) prefetch(x + p.coarse.w, kBands * p.channels);
             const bool whole = g.whole();
             for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
                 vf v[kBands];

@@ -39,7 +39,7 @@ class WaveletGates(nn.Module):
         nn.init.zeros_(self.output.bias)
 
     def forward(self, pooled: Tensor, temb: Tensor | None = None) -> Tensor:
-        """``pooled`` [B, channels], ``temb`` [B, temb_dim]; returns [B, 4], or [B, 4, groups] of more than one group."""
+        """``pooled`` [B, channels], ``temb`` [B, temb_dim]; returns [B, 4], or [B, 4, groups] if groups > 1."""
         features = pooled if temb is None else torch.cat([pooled, temb.to(pooled.dtype)], 1)
         gates = self.output(self.hidden(features).relu()).sigmoid()
         return gates if self.groups == 1 else gates.unflatten(1, (op.BANDS, self.groups))

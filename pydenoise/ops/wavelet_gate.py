@@ -34,9 +34,9 @@ _library.define("wavelet_gate_pool(Tensor input, str backend) -> Tensor")
 def wavelet_gate_down(input: Tensor, gate: Tensor, *, odd: str = "replicate", backend: str = "auto") -> Tensor:
     """Half the resolution: the four Haar bands of ``input``, each times its gate, added up. One pass over memory.
 
-    With a, b over c, d the pixels of a block of 2 x 2: LL = (a + b + c + d) / 2, B1 = (a - b + c - d) / 2 (difference of
-    columns), B2 = (a + b - c - d) / 2 (of rows), HH = (a - b - c + d) / 2. Libraries disagree on which of B1 and B2 is
-    called LH. Gates (0.5, 0, 0, 0) give the average pool, (1, 1, 1, 1) give 2 a.
+    With a, b over c, d the pixels of a block of 2 x 2: LL = (a + b + c + d) / 2, B1 = (a - b + c - d) / 2 (difference
+    of columns), B2 = (a + b - c - d) / 2 (of rows), HH = (a - b - c + d) / 2. Libraries disagree on which of B1 and B2
+    is called LH. Gates (0.5, 0, 0, 0) give the average pool, (1, 1, 1, 1) give 2 a.
 
     Args:
         input: [B, C, H, W], row-major or channels_last (other strides are copied); float32, bfloat16 or float16;
@@ -96,7 +96,7 @@ def wavelet_gate_pool(input: Tensor, *, backend: str = "auto") -> Tensor:
 
 
 def run(args: tuple, backend: str = "auto") -> Tensor:
-    """What the ``prepare`` functions returned, straight to the row, or through the torch op where a graph is being made."""
+    """The op on what ``prepare`` returned: straight to the row, or through the torch op where a graph is made."""
     if _wants_dispatcher(*args[:2]):
         return torch.ops.pydenoise.wavelet_gate(*args, backend)
     return registry.select(OP, backend, args).run(*args)

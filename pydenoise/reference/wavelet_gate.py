@@ -95,8 +95,8 @@ def wavelet_gate_backward(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of input and gate, ``None`` for what ``mask`` does not want.
 
-    ``pool_grad`` [B, channels of the input]: the gradient of the input's mean over its pixels, to be added to that of the
-    input.
+    ``pool_grad`` [B, channels of the input]: the gradient of the input's mean over its pixels, to be added to that of
+    the input.
     """
     wide, gates = _wide(grad), _gates(gate)
     of_input = of_gate = None

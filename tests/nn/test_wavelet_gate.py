@@ -27,11 +27,10 @@ def golden(name: str) -> torch.Tensor:
 def test_golden():
     x, gate = golden("x"), golden("gate")
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
-        down = PF.wavelet_gate_down(
-            x.to(dtype), gate.to(dtype), backend="auto" if dtype == torch.float32 else "reference"
-        )
+        backend = "auto" if dtype == torch.float32 else "reference"
+        down = PF.wavelet_gate_down(x.to(dtype), gate.to(dtype), backend=backend)
         torch.testing.assert_close(down.double(), golden("down"), rtol=tolerance, atol=tolerance)
-        up = PF.wavelet_gate_up(x.to(dtype), gate.to(dtype), backend="auto" if dtype == torch.float32 else "reference")
+        up = PF.wavelet_gate_up(x.to(dtype), gate.to(dtype), backend=backend)
         torch.testing.assert_close(up.double(), golden("up"), rtol=tolerance, atol=tolerance)
 
 
@@ -55,7 +54,7 @@ def test_identities(size, channels_last, backend):
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
     def down(*gate: float) -> torch.Tensor:
-        return PF.wavelet_gate_down(x, torch.tensor([gate, gate]), backend=backend)
+        return PF.wavelet_gate_down(x, torch.tensor([gate, gate], dtype=torch.float32), backend=backend)
 
     even = F.pad(x, (0, size[1] % 2, 0, size[0] % 2), mode="replicate")
     torch.testing.assert_close(down(0.5, 0, 0, 0), F.avg_pool2d(even, 2))
@@ -228,9 +227,8 @@ def test_start():
     assert WaveletGateUp(8)(x, size=(11, 12)).shape == (2, 2, 11, 12)
     module = WaveletGateDown(10)
     shapes = {name: tuple(p.shape) for name, p in module.state_dict().items()}
-    assert shapes == {
-        "gates.hidden.weight": (5, 10), "gates.hidden.bias": (5,), "gates.output.weight": (4, 5), "gates.output.bias": (4,)
-    }  # fmt: skip
+    weights = {"gates.hidden.weight": (5, 10), "gates.output.weight": (4, 5)}
+    assert shapes == weights | {"gates.hidden.bias": (5,), "gates.output.bias": (4,)}
     assert "10, a gate per band" in repr(module)
 
 
