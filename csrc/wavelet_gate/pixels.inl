@@ -7,16 +7,25 @@ namespace pdn {
 namespace wavelet_gate {
 namespace {
 
-// step(first channel, count).
+constexpr int64_t kStage = 512;  // channels that are worked on at once: their sums stay in the first cache
+
+// step(first channel, count) over `begin` to `end`.
 template <class Step>
-PDN_INLINE void for_channels(int64_t channels, const Step& step) {
-    int64_t c = 0;
-    for (; c + kWidth <= channels; c += kWidth) step(c, kWidth);
-    if (c < channels) step(c, static_cast<int>(channels - c));
+PDN_INLINE void for_channels(int64_t begin, int64_t end, const Step& step) {
+    int64_t c = begin;
+    for (; c + kWidth <= end; c += kWidth) step(c, kWidth);
+    if (c < end) step(c, static_cast<int>(end - c));
 }
 
-// Ask for `count` elements, in order. Kernels read four pixels, or bands, side by side: from memory, processors follow
-// that badly, while one run after the other, asked for a block ahead, comes at nearly the full rate.
+// step(begin, end) for parts of the channels. In a part, a kernel may go through the pixels of a block one after the
+// other: side by side they come from memory at two thirds of the rate, since processors expect runs of addresses.
+template <class Step>
+PDN_INLINE void for_parts(int64_t channels, const Step& step) {
+    for (int64_t begin = 0; begin < channels; begin += kStage)
+        step(begin, begin + kStage < channels ? begin + kStage : channels);
+}
+
+// Ask for `count` elements, in order, for kernels that cannot: a block ahead.
 template <class T>
 PDN_INLINE void prefetch(const T* p, int64_t count) {
     for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
@@ -39,11 +48,6 @@ struct Block {
     PDN_INLINE void repeat() {
         if (pixel[1] == nullptr) pixel[1] = pixel[0], pixel[3] = pixel[2];
         if (pixel[2] == nullptr) pixel[2] = pixel[0], pixel[3] = pixel[1];
-    }
-    // Ask for the block to the right; what lies beyond the image does no harm.
-    PDN_INLINE void prefetch_next(const Params& p, const View& view) const {
-        for (int k = 0; k < kBands; ++k)
-            if (pixel[k]) prefetch(pixel[k] + 2 * view.w, p.channels);
     }
     PDN_INLINE bool whole() const { return pixel[3] != nullptr; }
 };
@@ -72,17 +76,25 @@ template <class T>
 void down_pixels(const Params& p, int64_t number, T*) {
     const Item item = item_of(p, number, block_rows(p));
     const float* f = factors_of(p, item);
+    alignas(64) float sum[kStage];
     for (int64_t i = item.first; i < item.last; ++i)
         for (int64_t j = 0; j < block_columns(p); ++j) {
             Block<const T> x(p, p.fine, item.image, i, j);
-            x.prefetch_next(p, p.fine);
             x.repeat();
             T* y = at<T>(p.out, item.image, 0, i) + j * p.out.w;
-            for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-                vf v[kBands];
-                for (int k = 0; k < kBands; ++k)
-                    v[k] = load_some(x.pixel[k] + c, count) * load_some(f + k * p.channels + c, count);
-                store_some(y + c, (v[0] + v[1]) + (v[2] + v[3]), count, p.past_caches);
+            for_parts(p.channels, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+                for (int k = 0; k < kBands; ++k) {
+                    const T* pixel = x.pixel[k];
+                    const float* factor = f + k * p.channels;
+                    for_channels(begin, end, [&](int64_t c, int count) __attribute__((always_inline)) {
+                        vf v = load_some(pixel + c, count) * load_some(factor + c, count);
+                        if (k > 0) v += load(sum + c - begin);
+                        if (k < kBands - 1)
+                            store(sum + c - begin, v);
+                        else
+                            store_some(y + c, v, count, p.past_caches);
+                    });
+                }
             });
         }
 }
@@ -104,31 +116,33 @@ void down_pixels_backward(const Params& p, int64_t number, T*) {
     for (int64_t i = item.first; i < item.last; ++i)
         for (int64_t j = 0; j < block_columns(p); ++j) {
             const T* g = at<const T>(p.coarse, item.image, 0, i) + j * p.coarse.w;
-            if constexpr (NeedsSums) {
-                Block<const T> x(p, p.fine, item.image, i, j);
-                x.prefetch_next(p, p.fine);
-                x.repeat();
-                for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-                    const vf grad = load_some(g + c, count);
+            for_parts(p.channels, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+                if constexpr (NeedsSums) {
+                    Block<const T> x(p, p.fine, item.image, i, j);
+                    x.repeat();
                     for (int k = 0; k < kBands; ++k)
-                        sums.add(k * p.channels + c, grad * load_some(x.pixel[k] + c, count), count);
-                });
-                sums.count();
-            }
-            if constexpr (NeedsOut) {
-                const Block<T> out(p, p.out, item.image, i, j);
-                const bool edge = !out.whole();
-                for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
-                    const vf grad = load_some(g + c, count), add = offset ? load_some(offset + c, count) : vf{};
-                    vf factor[kBands];
-                    for (int k = 0; k < kBands; ++k) factor[k] = load_some(f + k * p.channels + c, count);
-                    for (int k = kBands - 1; k > 0 && edge; --k)
-                        if (const int to = owner(out, k); to != k) factor[to] += factor[k], factor[k] = vf{};
-                    for (int k = 0; k < kBands; ++k)
-                        if (!edge || out.pixel[k])
-                            store_some(out.pixel[k] + c, grad * factor[k] + add, count, p.past_caches);
-                });
-            }
+                        for_channels(begin, end, [&](int64_t c, int count) __attribute__((always_inline)) {
+                            const vf term = load_some(g + c, count) * load_some(x.pixel[k] + c, count);
+                            sums.add(k * p.channels + c, term, count);
+                        });
+                }
+                if constexpr (NeedsOut) {
+                    const Block<T> out(p, p.out, item.image, i, j);
+                    const bool edge = !out.whole();
+                    for (int k = 0; k < kBands; ++k) {
+                        T* pixel = out.pixel[k];
+                        if (edge && pixel == nullptr) continue;
+                        for_channels(begin, end, [&](int64_t c, int count) __attribute__((always_inline)) {
+                            vf factor = load_some(f + k * p.channels + c, count);
+                            for (int other = k + 1; other < kBands && edge; ++other)
+                                if (owner(out, other) == k) factor += load_some(f + other * p.channels + c, count);
+                            const vf add = offset ? load_some(offset + c, count) : vf{};
+                            store_some(pixel + c, load_some(g + c, count) * factor + add, count, p.past_caches);
+                        });
+                    }
+                }
+            });
+            if constexpr (NeedsSums) sums.count();
         }
     if constexpr (NeedsSums) sums.flush();
 }
@@ -143,7 +157,7 @@ void up_pixels(const Params& p, int64_t number, T*) {
             prefetch(x + p.coarse.w, kBands * p.channels);
             const Block<T> out(p, p.out, item.image, i, j);
             const bool whole = out.whole();
-            for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+            for_channels(0, p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
                 vf v[kBands];
                 for (int k = 0; k < kBands; ++k)
                     v[k] = load_some(x + k * p.channels + c, count) * load_some(f + k * p.channels + c, count);
@@ -165,10 +179,11 @@ void up_pixels_backward(const Params& p, int64_t number, T*) {
             const Block<const T> g(p, p.fine, item.image, i, j);
             const T* x = NeedsSums ? at<const T>(p.coarse, item.image, 0, i) + j * p.coarse.w : nullptr;
             T* out = NeedsOut ? at<T>(p.out, item.image, 0, i) + j * p.out.w : nullptr;
-            g.prefetch_next(p, p.fine);
+            for (int k = 0; k < kBands; ++k)
+                if (g.pixel[k]) prefetch(g.pixel[k] + 2 * p.fine.w, p.channels);
             if constexpr (NeedsSums) prefetch(x + p.coarse.w, kBands * p.channels);
             const bool whole = g.whole();
-            for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+            for_channels(0, p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
                 vf v[kBands];
                 for (int k = 0; k < kBands; ++k) v[k] = whole || g.pixel[k] ? load_some(g.pixel[k] + c, count) : vf{};
                 butterfly(v);
@@ -193,7 +208,7 @@ void pool_pixels(const PoolParams& p, int64_t number, T*) {
     for (int64_t i = item.first; i < item.last; ++i)
         for (int64_t j = 0; j < p.width; ++j) {
             const T* x = at<const T>(p.input, item.image, 0, i) + j * p.input.w;
-            for_channels(p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
+            for_channels(0, p.channels, [&](int64_t c, int count) __attribute__((always_inline)) {
                 sums.add(c, load_some(x + c, count), count);
             });
             sums.count();
