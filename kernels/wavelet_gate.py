@@ -305,6 +305,10 @@ _TILES = {  # by what is adjacent
     "columns": [(1, 1024, 4, 1), (4, 256, 4, 1), (16, 64, 4, 1)],
     "channels": [(64, 16, 4, 1), (32, 32, 4, 1), (256, 4, 4, 1)],
 }
+_BACKWARD_TILES = {  # larger ones spill
+    "columns": [(1, 512, 4, 1), (4, 128, 4, 1), (8, 64, 4, 1)],
+    "channels": [(64, 8, 4, 1), (32, 16, 4, 1), (128, 4, 4, 1)],
+}
 _KEYS = ("tune", "channels", "PAIRED")
 _FUNCTIONS = {
     "wavelet_down": down_kernel,
@@ -321,8 +325,9 @@ def _extents(args: dict) -> dict[str, int]:
 
 def _kernels() -> dict[tuple[str, str], Kernel]:
     found = {}
-    for (name, function), (adjacent, tiles) in [(f, t) for f in _FUNCTIONS.items() for t in _TILES.items()]:
+    for (name, function), adjacent in [(item, adjacent) for item in _FUNCTIONS.items() for adjacent in _TILES]:
         full = name if adjacent == "columns" else f"{name}_last"
+        tiles = (_BACKWARD_TILES if name.endswith("backward") else _TILES)[adjacent]
         keys = _KEYS if function is not pool_kernel else _KEYS[:2]
         found[name, adjacent] = Kernel(full, function, variants(full, _NAMES, tiles), _extents, keys)
     return found

@@ -369,12 +369,14 @@ _WAVELETS = {kernel.name: kernel for kernel in wavelet_gate.KERNELS}
 
 
 def _wavelet_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
-    """A level of a U-Net; at 90 the first tile also with odd sizes, with a gate per channel and with one gradient."""
+    """A level of a U-Net; at 90 all tiles, the first also on odd sizes, a gate per channel, and for one gradient."""
+    first = variant is _WAVELETS[variant.kernel].variants[0]
+    if arch != 90:
+        return (("shared", torch.bfloat16),) if first else ()
     found = [("shared", torch.bfloat16)]
-    if arch == 90 and variant is _WAVELETS[variant.kernel].variants[0]:
-        found += [("shared", torch.float32), ("odd", torch.bfloat16), ("per_channel", torch.float16)]
-        if "backward" in variant.kernel:
-            found += [("input", torch.bfloat16), ("gate", torch.bfloat16)]
+    if first:
+        found += [("odd", torch.float32), ("per_channel", torch.float16)]
+        found += [("input", torch.bfloat16), ("gate", torch.bfloat16)] if "backward" in variant.kernel else []
     return tuple(found)
 
 
