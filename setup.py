@@ -49,6 +49,7 @@ PER_ISA_SOURCES = {
     "csrc/adaptive_bilateral_filter/cpu.cpp": FLOAT_LEVELS,
     "csrc/sampler_step/cpu.cpp": FLOAT_LEVELS,
     "csrc/dcls_kernel/cpu.cpp": FLOAT_LEVELS,
+    "csrc/wavelet_gate/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
@@ -68,6 +69,7 @@ SOURCES = [
     "csrc/adaptive_bilateral_filter/dispatch.cpp",
     "csrc/sampler_step/dispatch.cpp",
     "csrc/dcls_kernel/dispatch.cpp",
+    "csrc/wavelet_gate/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
@@ -80,6 +82,7 @@ SOURCES = [
     "csrc/bindings/adaptive_bilateral_filter.cpp",
     "csrc/bindings/sampler_step.cpp",
     "csrc/bindings/dcls_kernel.cpp",
+    "csrc/bindings/wavelet_gate.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

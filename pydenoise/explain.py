@@ -16,6 +16,7 @@ from pydenoise.ops import (
     registry,
     sampler_step,
     token_confidence,
+    wavelet_gate,
     weighted_conv,
 )
 
@@ -65,6 +66,9 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
     "dcls_kernel": (dcls_kernel.OP, dcls_kernel.prepare),
     "adaptive_bilateral_filter": (adaptive_bilateral_filter.OP, adaptive_bilateral_filter.prepare),
+    "wavelet_gate_down": (wavelet_gate.OP, wavelet_gate.prepare_down),
+    "wavelet_gate_up": (wavelet_gate.OP, wavelet_gate.prepare_up),
+    "wavelet_gate_pool": (wavelet_gate.OP_POOL, wavelet_gate.prepare_pool),
 }
 
 

@@ -15,6 +15,7 @@ from pydenoise.ops.sampler_step import bind as bind_sampler_step
 from pydenoise.ops.sampler_step import sampler_step
 from pydenoise.ops.sparsed_block_mask import sparsed_block_mask
 from pydenoise.ops.token_confidence import token_confidence
+from pydenoise.ops.wavelet_gate import wavelet_gate_down, wavelet_gate_pool, wavelet_gate_up
 from pydenoise.ops.weighted_conv import weighted_conv1d, weighted_conv2d, weighted_conv3d
 
 __all__ = [
@@ -36,6 +37,9 @@ __all__ = [
     "bind_sampler_step",
     "sampler_step",
     "token_confidence",
+    "wavelet_gate_down",
+    "wavelet_gate_pool",
+    "wavelet_gate_up",
     "weighted_conv1d",
     "weighted_conv2d",
     "weighted_conv3d",

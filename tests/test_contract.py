@@ -159,7 +159,8 @@ BILATERAL_OPS = {
     "adaptive_bilateral_filter",
     "adaptive_bilateral_filter_backward",
 }  # tests/test_contract_adaptive_bilateral_filter.py
-BLOCK_OPS = DCLS_OPS | BILATERAL_OPS
+WAVELET_OPS = {"wavelet_gate", "wavelet_gate_backward", "wavelet_gate_pool"}  # tests/test_contract_wavelet_gate.py
+BLOCK_OPS = DCLS_OPS | BILATERAL_OPS | WAVELET_OPS
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")

@@ -16,6 +16,10 @@ PAGES = {  # and what each one prints
     "sparse-attention": "dense and",
     "samplers": "means of the classes: tensor([-",
     "blocks-bilateral": "root mean square error 0.099, denoised 0.02",
+PAGES = {  # and what each one prints
+    "blocks-wavelet": "doubled: (2, 16, 32, 32)",
+    "samplers": "means of the classes: tensor([-",
+    "sparse-attention": "dense and",
 }
 
 

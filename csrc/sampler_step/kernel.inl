@@ -5,6 +5,7 @@
 
 #include "../core/fp16.h"
 #include "../core/normal.inl"
+#include "../core/past.inl"
 #include "params.h"
 
 namespace pdn {
@@ -45,21 +46,6 @@ struct Found {
     vf sums[kMostSums];
     vi bad;  // not 0 where something was not finite
 };
-
-PDN_INLINE bool streams_to(const void* p) { return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(float)) == 0; }
-
-// Without reading the line first that is written, nor keeping it.
-PDN_INLINE void store_past(float* p, vf v) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(p, (__m512)v);
-#elif defined(__AVX2__)
-    _mm256_stream_ps(p, (__m256)v);
-#elif defined(__SSE2__)
-    _mm_stream_ps(p, (__m128)v);
-#else
-    store(p, v);
-#endif
-}
 
 using Tile = vf[kTile];
 

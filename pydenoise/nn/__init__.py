@@ -18,7 +18,9 @@ from pydenoise.nn.resnet_spec import ResnetSpec
 from pydenoise.nn.sparsed_attention import SparseDAttention
 from pydenoise.nn.sparsed_report import SparsityReport
 from pydenoise.nn.sparsed_schedule import SparseDSchedule
+from pydenoise.nn.spectral_loss import SpectralDistillationLoss
 from pydenoise.nn.timestep_scales import TimestepScales
+from pydenoise.nn.wavelet_gate import WaveletGateDown, WaveletGateUp
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 __all__ = [
@@ -51,7 +53,10 @@ __all__ = [
     "SparseDAttention",
     "SparseDSchedule",
     "SparsityReport",
+    "SpectralDistillationLoss",
     "TimestepScales",
+    "WaveletGateDown",
+    "WaveletGateUp",
     "WeightedConv1d",
     "WeightedConv2d",
     "WeightedConv3d",

@@ -16,6 +16,7 @@ from pydenoise.kernels import (
     quantize,
     sampler_step,
     token_confidence,
+    wavelet_gate,
 )
 from pydenoise.kernels import weighted_conv as wc
 from torch import Tensor
@@ -438,6 +439,50 @@ DCLS = Family(
     lambda variant: 0,
 )
 
+# ------------------------------------------------------------------------------------------------------- wavelet gates
+
+_WAVELETS = {kernel.name: kernel for kernel in wavelet_gate.KERNELS}
+
+
+def _wavelet_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """A level of a U-Net; at 90 all tiles, the first also on odd sizes, a gate per channel, and for one gradient."""
+    first = variant is _WAVELETS[variant.kernel].variants[0]
+    if arch != 90:
+        return (("shared", torch.bfloat16),) if first else ()
+    found = [("shared", torch.bfloat16)]
+    if first:
+        found += [("odd", torch.float32), ("per_channel", torch.float16)]
+        found += [("input", torch.bfloat16), ("gate", torch.bfloat16)] if "backward" in variant.kernel else []
+    return tuple(found)
+
+
+def _wavelet_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    batch, channels, side = 8, 256, 63 if name == "odd" else 64
+    coarse, up = (side + 1) // 2, "up" in variant.kernel
+    make = image if variant.kernel.endswith("_last") else empty
+    fine, band = make(batch, channels, side, side, dtype=dtype), make(batch, channels, coarse, coarse, dtype=dtype)
+    gate = empty(batch, 4, channels) if name == "per_channel" else empty(batch, 4)
+    x, y = (make(batch, 4 * channels, coarse, coarse, dtype=dtype), fine) if up else (fine, band)
+    result, of_gate = (None if name == "gate" else x), (None if name == "input" else gate)
+    offset = None if name == "gate" else empty(batch, x.shape[1])
+    found = [
+        wavelet_gate.plan_forward(x, gate, up, (side, side), y),
+        *wavelet_gate.plan_backward(y, x, gate, offset, up, (side, side), result, of_gate),
+        *wavelet_gate.plan_pool(x, empty(batch, channels, dtype=dtype)),
+    ]
+    return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
+
+
+WAVELETS = Family(
+    {name: kernel.function for name, kernel in _WAVELETS.items()},
+    tuple(variant for kernel in _WAVELETS.values() for variant in kernel.variants),
+    _wavelet_problems,
+    _wavelet_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 _ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
@@ -507,4 +552,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS, WAVELETS)

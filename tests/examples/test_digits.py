@@ -54,3 +54,10 @@ def test_reward_gradient():
     lines = run("reward_gradient", 6).splitlines()
     rewards = [line.split("reward ")[1].split(" -> ") for line in lines[:5]]
     assert all(float(last) > float(first) for first, last in rewards) and len(lines) == 13
+
+
+def test_distillation():
+    pytest.importorskip("sklearn")
+    lines = run("distil_digits", "--steps", 2, "--samples", 1, "--width", 4, "--batch", 4).splitlines()
+    assert [line[:24].strip() for line in lines[1:]] == ["teacher", "student", "+ features", "+ features, frequencies"]
+    assert "--width: expected a multiple of 4" in run("distil_digits", "--width", 6, returncode=2)

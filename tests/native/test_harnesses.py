@@ -108,6 +108,7 @@ def test_on_an_older_processor(harness, level, tmp_path):
         "adaptive_bilateral_filter",
         "sampler_step",
         "dcls_kernel",
+        "wavelet_gate",
     ],
 )
 def test_level_objects_share_no_symbols(op, level, tmp_path):
