@@ -12,7 +12,9 @@ from pydenoise.ops import (
     norm_quantize,
     quantize,
     registry,
+    routed_norm,
     sampler_step,
+    softmax_aggregate,
     token_confidence,
     weighted_conv,
 )
@@ -60,6 +62,8 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "block_importance": (block_importance.OP, block_importance.prepare),
     "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
     "sampler_step": (sampler_step.OP, sampler_step.prepare),
+    "routed_norm": (routed_norm.OP, routed_norm.prepare),
+    "softmax_aggregate": (softmax_aggregate.OP, softmax_aggregate.prepare),
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
 }
 

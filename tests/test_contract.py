@@ -153,6 +153,9 @@ INT8_OPS = {  # tests/test_contract_int8.py
 ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_sparse.py
     "attention", "block_sparse_attention", "block_sparse_attention_backward", "block_importance",
 }  # fmt: skip
+BLOCK_OPS = {  # tests/test_contract_softmax_aggregate.py
+    "softmax_aggregate", "softmax_aggregate_backward",
+}  # fmt: skip
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
 CONTRACTS = {
     "weighted_conv": Contract(
@@ -165,7 +168,7 @@ CONTRACTS = {
 
 
 def test_every_op_has_a_contract_and_a_reference():
-    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | SAMPLING_OPS, (
+    assert set(registry.ops()) == set(CONTRACTS) | INT8_OPS | ATTENTION_OPS | SAMPLING_OPS | BLOCK_OPS, (
         "a new op needs an entry in a contract test"
     )
     for op in registry.ops():

@@ -1,6 +1,8 @@
 """Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
 
 from pydenoise.nn._plans import Request
+from pydenoise.nn.ensemble import Ensemble
+from pydenoise.nn.feature_aggregator import FeatureAggregator
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
 from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
 from pydenoise.nn.int8_chain import Int8Chain
@@ -10,14 +12,18 @@ from pydenoise.nn.int8_resnet import Int8ResnetBlock
 from pydenoise.nn.int8_sampling import Int8Downsample2D, Int8Upsample2D
 from pydenoise.nn.int8_transformer import Int8Transformer2D, Int8TransformerBlock
 from pydenoise.nn.resnet_spec import ResnetSpec
+from pydenoise.nn.routed_dit import RoutedDiTBlock
 from pydenoise.nn.sparsed_attention import SparseDAttention
 from pydenoise.nn.sparsed_report import SparsityReport
 from pydenoise.nn.sparsed_schedule import SparseDSchedule
+from pydenoise.nn.task_routing import Route, TaskRouting
 from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
 
 __all__ = [
     "AttentionSpec",
+    "Ensemble",
+    "FeatureAggregator",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",
@@ -32,9 +38,12 @@ __all__ = [
     "Int8Upsample2D",
     "Request",
     "ResnetSpec",
+    "Route",
+    "RoutedDiTBlock",
     "SparseDAttention",
     "SparseDSchedule",
     "SparsityReport",
+    "TaskRouting",
     "TimestepScales",
     "WeightedConv1d",
     "WeightedConv2d",

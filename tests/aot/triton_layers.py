@@ -13,6 +13,7 @@ from pydenoise.kernels import (
     norm_quantize,
     quantize,
     sampler_step,
+    softmax_aggregate,
     token_confidence,
 )
 from pydenoise.kernels import weighted_conv as wc
@@ -362,6 +363,47 @@ STEPS = Family(
     lambda variant: 0,
 )
 
+# ------------------------------------------------------------------------------------------------ feature aggregation
+
+
+def _aggregate_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """Three networks; at 90 also channels_last maps, as many maps as a program holds, and ready logits."""
+    found = [("planes", torch.bfloat16)]
+    if arch == 90:
+        found += [("planes", torch.float32), ("rows", torch.float16), ("many", torch.float32), ("logits", torch.float32)]
+    return tuple(found)
+
+
+def _aggregate_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    batch, maps, channels, depth, pixels = 4, 16 if name == "many" else 3, 320, 128, 4096
+
+    def flat(*shape: int) -> Tensor:
+        if name != "rows":
+            return empty(*shape, dtype=dtype)
+        return empty(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
+
+    features, out, shares = flat(batch, maps, channels, pixels), flat(batch, channels, pixels), empty(batch, maps, pixels)
+    if variant.kernel == "softmax_aggregate":
+        weight = None if name == "logits" else empty(maps, depth)
+        hidden = flat(batch, maps if name == "logits" else depth, pixels)
+        return softmax_aggregate.plan(features, hidden, weight, out, shares).arguments
+    first = name == "logits"  # the call without gradients of features, but with some of shares
+    given = softmax_aggregate.plan_backward(
+        out, shares if first else None, features, shares, None if first else torch.empty_like(features), shares
+    )
+    return given.arguments
+
+
+AGGREGATES = Family(
+    {kernel.name: kernel.function for kernel in softmax_aggregate.KERNELS},
+    tuple(variant for kernel in softmax_aggregate.KERNELS for variant in kernel.variants),
+    _aggregate_problems,
+    _aggregate_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 _ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
@@ -431,4 +473,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, ATTENTION)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, STEPS, AGGREGATES, ATTENTION)
