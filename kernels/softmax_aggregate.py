@@ -1,5 +1,5 @@
-"""Feature maps added up under a softmax over them. A program takes a block of pixels of one sample: logits, softmax, and
-the maps once, some channels at a time.
+"""Feature maps added up under a softmax over them. A program takes a block of pixels of one sample: logits, softmax,
+and the maps once, some channels at a time.
 
 Tensors are [batch, maps, channels, pixels] with any strides; a dimension of MAPS, a power of two, holds the maps.
 """

@@ -153,8 +153,8 @@ INT8_OPS = {  # tests/test_contract_int8.py
 ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_sparse.py
     "attention", "block_sparse_attention", "block_sparse_attention_backward", "block_importance",
 }  # fmt: skip
-BLOCK_OPS = {  # tests/test_contract_softmax_aggregate.py
-    "softmax_aggregate", "softmax_aggregate_backward",
+BLOCK_OPS = {  # tests/test_contract_softmax_aggregate.py, tests/test_contract_routed_norm.py
+    "softmax_aggregate", "softmax_aggregate_backward", "routed_norm", "routed_norm_backward",
 }  # fmt: skip
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
 CONTRACTS = {

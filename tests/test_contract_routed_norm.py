@@ -183,7 +183,7 @@ def test_formulas(name):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_golden(variant):
-    """A linear layer behind the norm of masked channels, by the whole product and by the window's with a rank-one rest."""
+    """A linear layer behind the norm of masked channels: the whole product, and the window's with a rank-one rest."""
     keys = ("x", "scale", "shift", "W", "b", "start", "out")
     x, scale, shift, weight, bias, start, out = (torch.from_numpy(GOLDEN[f"dtr_lnlin_{key}"]) for key in keys)
     width = int(GOLDEN["dtr_lnlin_n"])

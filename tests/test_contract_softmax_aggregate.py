@@ -1,4 +1,4 @@
-"""The contract of every registry row of softmax_aggregate: torch's accuracy, at every ISA level, forward and backward."""
+"""The contract of every registry row of softmax_aggregate: torch's accuracy at every ISA level, both ways."""
 
 from functools import cache
 from pathlib import Path

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"sparse-attention": "dense and", "samplers": "means of the classes: tensor([-"}  # and what each one prints
+PAGES = {  # and what each one prints
+    "blocks-afa": "channels of the first and the last timestep: 0 to 50, 13 to 63",
+    "samplers": "means of the classes: tensor([-",
+    "sparse-attention": "dense and",
+}
 
 
 @pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")

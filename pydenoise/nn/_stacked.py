@@ -19,7 +19,7 @@ from pydenoise.reference.activations import activate
 
 @dataclass(frozen=True)
 class Told:
-    """What the blocks are told besides feature maps. ``embeddings``: [B, N, E]. ``texts``: [B, N, L, D], or ``None``."""
+    """What the blocks are told besides feature maps: ``embeddings`` [B, N, E], ``texts`` [B, N, L, D] or ``None``."""
 
     embeddings: Tensor
     texts: Tensor | None = None

@@ -1,4 +1,4 @@
-"""U-Nets as a chain of units, told by their attributes: what lies between two places where feature maps can be joined."""
+"""U-Nets as a chain of units, told by their attributes: a unit lies between two places where maps can be joined."""
 
 import copy
 from collections.abc import Iterator

@@ -32,8 +32,8 @@ class Ensemble(nn.Module):
             is faster (see ``docs/blocks-afa.md``).
         hidden, heads: of every :class:`FeatureAggregator`.
 
-    An untrained ensemble averages: its aggregators begin with equal weights. Train ``aggregators.parameters()`` with the
-    denoising loss of the networks; ``aggregators.state_dict()`` is all there is to keep.
+    An untrained ensemble averages: its aggregators begin with equal weights. Train ``aggregators.parameters()`` with
+    the denoising loss of the networks; ``aggregators.state_dict()`` is all there is to keep.
 
     Raises:
         TypeError, ValueError: models that differ in shape or of another kind, or a bad option; the message names it.

@@ -1,7 +1,7 @@
 """RoutedDiTBlock: a transformer block of diffusion models whose channels a timestep chooses.
 
-Sources: Park et al., "Denoising Task Routing for Diffusion Models", ICLR 2024, https://arxiv.org/abs/2310.07138; Peebles
-and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023 (the block, and adaLN-zero).
+Sources: Park et al., "Denoising Task Routing for Diffusion Models", ICLR 2024, https://arxiv.org/abs/2310.07138;
+Peebles and Xie, "Scalable Diffusion Models with Transformers", ICCV 2023 (the block, and adaLN-zero).
 """
 
 import torch
@@ -34,11 +34,11 @@ class _Mlp(nn.Module):
 class RoutedDiTBlock(nn.Module):
     """Attention and feed-forward part of a DiT, of which a timestep uses some channels only.
 
-    With the mask m, ``r = m x``, ``r += gate1 * attention(norm1(r))``, ``r += gate2 * mlp(norm2(r))``, and the result is
-    ``r + (1 - m) x``: both norms run over all channels, the masked ones being 0, and both parts write to all channels.
+    With the mask m, ``r = m x``, ``r += gate1 * attention(norm1(r))``, ``r += gate2 * mlp(norm2(r))``, and the result
+    is ``r + (1 - m) x``: both norms run over all channels, the masked ones being 0, and both parts write to all channels.
 
-    What the mask leaves out is left out of the work, exactly: a masked channel becomes the same number in every channel
-    of a token (less the modulation), so that the projection to q, k and v multiplies the window only, and adds a product
+    What the mask leaves out is left out of the work, exactly: the norm makes one number of all masked channels of a
+    token (less the modulation), so that the projection to q, k and v multiplies the window only, and adds a product
     of rank one. That needs one window for all samples; with one for each, the whole product runs.
 
     Args:

@@ -158,7 +158,9 @@ class TaskRouting(nn.Module):
         table = self.starts if self.method == "window" else self.sets
         tasks = timesteps if self._map is None else self._map.to(timesteps.device)[timesteps]
         tasks = tasks.to(table.device)
-        return Route(self.width, start=table[tasks]) if self.method == "window" else Route(self.width, mask=table[tasks])
+        if self.method == "window":
+            return Route(self.width, start=table[tasks])
+        return Route(self.width, mask=table[tasks])
 
     def mask(self, timesteps: int | Tensor) -> Tensor:
         """bool [B, C], or [1, C] for a number: the channels that are used."""

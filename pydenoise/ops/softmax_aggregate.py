@@ -41,8 +41,8 @@ def softmax_aggregate(
     ``out[b, :, p] = sum over n of softmax_n(weight @ hidden[b, :, p]) * features[b, n, :, p]``.
 
     Args:
-        features: [B, N, C, h, w], N >= 1: float32, bfloat16, float16 or float64 (which runs on the reference). Read where
-            they lie if their pixels (NCHW) or their channels (channels_last) are adjacent, in any order of B and N.
+        features: [B, N, C, h, w], N >= 1: float32, bfloat16, float16 or float64 (which runs on the reference). Read
+            where they lie if their pixels (NCHW) or their channels (channels_last) are adjacent, in any order of B and N.
         hidden: [B, K, h, w], of the same dtype; without ``weight`` the logits themselves, K = N.
         weight: [N, K] or, as a 1x1 convolution has it, [N, K, 1, 1]; ``None``: ``hidden`` are the logits.
         return_shares: also return the softmax.

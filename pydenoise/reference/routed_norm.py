@@ -27,8 +27,8 @@ def routed_norm(
     """(output, carried, stats) of ``r = mask * input + gate * update``.
 
     ``output = (r - mean) * rstd * (1 + scale) + shift`` with the moments over ``total`` channels, those beside the C of
-    ``input`` being 0; ``carried = input + gate * update`` (empty without an update); stats [B, T, 2]: -mean * rstd, which
-    is what the norm makes of a 0, and rstd.
+    ``input`` being 0; ``carried = input + gate * update`` (empty without an update); stats [B, T, 2]: -mean * rstd,
+    which is what the norm makes of a 0, and rstd.
     """
     dtype = accurate(input.dtype)
     x = input.to(dtype)

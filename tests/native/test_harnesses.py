@@ -103,6 +103,7 @@ def test_on_an_older_processor(harness, level, tmp_path):
         "token_confidence",
         "sampler_step",
         "softmax_aggregate",
+        "routed_norm",
     ],
 )
 def test_level_objects_share_no_symbols(op, level, tmp_path):
