@@ -15,10 +15,7 @@ import torch
 from pydenoise.benchmarks import blocks_afa
 
 PAIRS = [
-    (case, name)
-    for case in blocks_afa.CASES
-    if "compiled" not in case.name
-    for name in (blocks_afa.OURS, case.against)
+    (case, name) for case in blocks_afa.CASES if "compiled" not in case.name for name in (blocks_afa.OURS, case.against)
 ]
 
 
@@ -33,7 +30,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="for each case")
     parser.add_argument("--only", default="", help="cases whose names contain this")
-    parser.add_argument("--cpu-time", action="store_true", help="ratios of the processor's own time: see blocks_afa.rows")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="ratios of the processor's own time: see blocks_afa.rows"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     cases = tuple(case for case in blocks_afa.CASES if options.only in case.name)

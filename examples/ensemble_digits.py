@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--hidden", type=int, default=32, help="channels inside the aggregators")
-    parser.add_argument("--method", choices=("auto", "stacked", "sequence"), default="auto")
+    parser.add_argument("--method", choices=("stacked", "sequence"), default="stacked")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in ("steps", "specialise", "batch"):

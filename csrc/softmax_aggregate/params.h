@@ -45,7 +45,7 @@ struct GradParams {
 
 // Pixels that are done at a time: of planes, long enough to read a page's worth of each; of rows, few. A pixel's result
 // does not depend on them.
-constexpr int64_t kPlaneTile = 256, kRowTile = 32;
+constexpr int64_t kPlaneTile = 1024, kRowTile = 32;
 
 inline bool has_planes(const Strides& at) { return at.pixel == 1; }
 inline int64_t tile_of(const Strides& features_at) { return has_planes(features_at) ? kPlaneTile : kRowTile; }

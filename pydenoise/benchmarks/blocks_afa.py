@@ -214,9 +214,7 @@ class BlockRow:
         return f"{self.case.name:>48}: {times}; " + ", ".join(f"{r:.2f}x {name}" for name, r in self.faster.items())
 
 
-def rows(
-    seconds: float = 4.0, cases: tuple[BlockCase, ...] = CASES, cpu_time: bool = False
-) -> Iterator[BlockRow]:
+def rows(seconds: float = 4.0, cases: tuple[BlockCase, ...] = CASES, cpu_time: bool = False) -> Iterator[BlockRow]:
     """Time ``cases`` one after the other, contenders interleaved, about ``seconds`` each.
 
     ``cpu_time``: of the processor's own time, the minima and their ratios; it is what tells something of one thread on

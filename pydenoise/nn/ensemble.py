@@ -15,7 +15,7 @@ from pydenoise.nn.feature_aggregator import FeatureAggregator
 from pydenoise.ops._arguments import check_choice
 
 AGGREGATES = ("blocks", "output", "none")
-METHODS = ("auto", "stacked", "sequence")
+METHODS = ("stacked", "sequence")
 
 
 class Ensemble(nn.Module):
@@ -28,8 +28,8 @@ class Ensemble(nn.Module):
             downsampling, the middle and the outputs, as published; the last layer of the decoder stays N-fold.
             "output": the outputs only. "none": nowhere, and the result has all N outputs.
         method: "stacked": every kind of block that is known runs once for all networks, with stacked weights (grouped
-            convolutions, batched products), the others in turns. "sequence": all in turns. "auto": stacked where that
-            is faster (see ``docs/blocks-afa.md``).
+            convolutions, batched products), the others in turns. "sequence": all in turns, without a second copy of
+            the weights.
         hidden, heads: of every :class:`FeatureAggregator`.
 
     An untrained ensemble averages: its aggregators begin with equal weights. Train ``aggregators.parameters()`` with
@@ -44,7 +44,7 @@ class Ensemble(nn.Module):
         models: Iterable[nn.Module],
         *,
         aggregate: str = "blocks",
-        method: str = "auto",
+        method: str = "stacked",
         hidden: int = 128,
         heads: int = 8,
     ):
@@ -53,7 +53,7 @@ class Ensemble(nn.Module):
         check_choice("aggregate", aggregate, AGGREGATES)
         check_choice("method", method, METHODS)
         self.count, self.aggregate = len(models), aggregate
-        self.method = _fastest(models) if method == "auto" else method
+        self.method = method
         for model in models:
             model.requires_grad_(False).eval()
         units = [units_of(model) for model in models]
@@ -190,11 +190,6 @@ def _checked(models: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
         raise ValueError("models: the same network is given twice")
     alike(models)
     return models
-
-
-def _fastest(models: Sequence[nn.Module]) -> str:
-    """The method for ``method="auto"``."""
-    return "stacked"
 
 
 def _embedding_length(model: nn.Module) -> int:

@@ -161,12 +161,16 @@ def _mask_of(mask: object, start: object, width: object, input: Tensor) -> Tenso
     if not 1 <= width <= channels:
         raise ValueError(f"width: expected 1 to {channels} channels, got {width}")
     first = _start_of(start, width, input)
+    if isinstance(first, int):
+        window = torch.zeros((1, channels), dtype=dtype, device=input.device)
+        window[:, first : first + width] = 1
+        return window
     column = torch.arange(channels, device=input.device)
     return ((column >= first) & (column < first + width)).to(dtype)
 
 
 def _start_of(start: object, width: int, input: Tensor) -> Tensor | int:
-    """[B, 1], or an int in a list that broadcasts."""
+    """[B, 1], or an int."""
     batch, _, channels = input.shape
     most = channels - width
     if isinstance(start, Tensor):
@@ -184,7 +188,7 @@ def _start_of(start: object, width: int, input: Tensor) -> Tensor | int:
         raise TypeError(f"start: expected an int or a tensor beside width, got {type(start).__name__}")
     if not 0 <= start <= most:
         raise ValueError(f"start: expected 0 to {most}, got {start}")
-    return torch.full((1, 1), start, device=input.device)
+    return start
 
 
 def _call(args: tuple, backend: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,9 +19,7 @@ OP_BACKWARD = "softmax_aggregate_backward"
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("pydenoise", "FRAGMENT")
-_library.define(
-    "softmax_aggregate(Tensor features, Tensor hidden, Tensor? weight, str backend) -> (Tensor, Tensor)"
-)
+_library.define("softmax_aggregate(Tensor features, Tensor hidden, Tensor? weight, str backend) -> (Tensor, Tensor)")
 _library.define(
     "softmax_aggregate_backward(Tensor grad, Tensor? grad_shares, Tensor features, Tensor shares, bool wants_features, "
     "str backend) -> (Tensor, Tensor)"
@@ -168,9 +166,7 @@ def _backward(ctx, grad, grad_shares):
     needs = ctx.needs_input_grad
     if torch.is_grad_enabled():  # create_graph=True: a second derivative is wanted, and the reference is differentiable
         shares = reference.logits_of(hidden, weight).softmax(1)
-        grad_features, grad_logits = reference.softmax_aggregate_backward(
-            grad, grad_shares, features, shares, needs[0]
-        )
+        grad_features, grad_logits = reference.softmax_aggregate_backward(grad, grad_shares, features, shares, needs[0])
     else:
         grad_features, grad_logits = torch.ops.pydenoise.softmax_aggregate_backward(
             grad, grad_shares, features, shares, needs[0], ctx.backend

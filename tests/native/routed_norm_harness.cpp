@@ -38,7 +38,7 @@ const Case kCases[] = {
     {"everything", DType::float32, 2, 66, 37, 0, true, true},
     {"bfloat16", DType::bfloat16, 2, 9, 45, 0, true, true},
     {"float16", DType::float16, 2, 9, 5, 3, false, true},
-    {"one channel", DType::float32, 2, 3, 1, 0, false, true},
+    {"two channels", DType::float32, 2, 3, 2, 4, false, true},
 };
 
 uint16_t narrowed(float x, DType dtype) { return dtype == DType::bfloat16 ? to_bf16(x) : to_fp16(x).bits; }

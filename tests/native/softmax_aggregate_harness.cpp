@@ -30,7 +30,7 @@ struct Case {
 };
 
 const Case kCases[] = {
-    {"planes", DType::float32, 3, 21, 40, 300},
+    {"planes", DType::float32, 3, 21, 40, kPlaneTile + 33},
     {"planes, bfloat16", DType::bfloat16, 2, 8, 17, 65},
     {"planes, float16", DType::float16, 4, 5, 3, 7},
     {"one map", DType::float32, 1, 6, 9, 20},

@@ -101,9 +101,7 @@ def test_texts(method):
         torch.testing.assert_close(ensemble(x, t, encoder_hidden_states=texts), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(ensemble(x, t, encoder_hidden_states=list(texts)), expected, rtol=1e-4, atol=1e-4)
         shared = ensemble(x, t, encoder_hidden_states=texts[0])
-        torch.testing.assert_close(
-            shared, separately(models, x, t, texts[0]), rtol=1e-4, atol=1e-4
-        )  # one text for all
+        torch.testing.assert_close(shared, separately(models, x, t, texts[0]), rtol=1e-4, atol=1e-4)  # one text for all
     with torch.no_grad():
         joined = Ensemble(models, method=method, **SMALL)(x, t, encoder_hidden_states=texts)
     assert joined.shape == x.shape and joined.isfinite().all()
@@ -208,8 +206,6 @@ def test_other_numbers():
     torch.testing.assert_close(out.float(), expected.float(), rtol=0.1, atol=0.1)
 
 
-
-
 BAD = {
     "models: expected two or more, got 1": lambda: Ensemble(digits(1)),
     "models: expected torch.nn.Module": lambda: Ensemble([1, 2]),
@@ -241,10 +237,7 @@ BAD = {
     ),
     "models: time_embedding_type": lambda: Ensemble([image_unet(time_embedding_type="fourier") for _ in range(2)]),
     "models: expected blocks with resnets": lambda: Ensemble(
-        [
-            image_unet(down_block_types=("SkipDownBlock2D", "DownBlock2D"), block_out_channels=(32, 32))
-            for _ in range(2)
-        ]
+        [image_unet(down_block_types=("SkipDownBlock2D", "DownBlock2D"), block_out_channels=(32, 32)) for _ in range(2)]
     ),
 }
 
