@@ -3,8 +3,8 @@
     python bench/bench_softmax_aggregate.py [--threads 1] [--seconds 4] [--only aggregate] [--cpu-time]
     pytest bench/bench_softmax_aggregate.py --benchmark-only
 
-The first interleaves the contenders and prints ratios; the second times one after the other. The floor of an aggregation
-is its maps and hidden channels read once and the result written once, at the rate of memory.
+The first interleaves the contenders and prints ratios; the second times one after the other. The floor of a sum of
+feature maps is its maps and hidden channels read once and the result written once, at the rate of memory.
 """
 
 import argparse

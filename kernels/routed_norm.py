@@ -10,7 +10,7 @@ import triton.language as tl
 from pydenoise.kernels._tiles import Kernel, Launch, multiprocessors, variants
 from torch import Tensor
 
-LONGEST = 8192  # channels that a program holds
+LONGEST, LONGEST_BACK = 8192, 4096  # channels that a program holds
 _SCALARS = ("tokens", "channels", "total", "rows", "per_chunk", "chunks", "tune")
 
 
@@ -126,6 +126,7 @@ def backward_kernel(
 
 _NAMES = ("BLOCK_C",)
 _TILES = [(512, 4, 1), (1024, 4, 1), (2048, 8, 1), (4096, 8, 1), (8192, 16, 1)]
+_BACK_TILES = [(512, 8, 1), (1024, 4, 1), (2048, 8, 1), (4096, 16, 1)]  # sums of the coefficients stay in registers
 
 
 def _extents(args: dict) -> dict[str, int]:
@@ -136,7 +137,7 @@ FORWARD = Kernel(
     "routed_norm", routed_norm_kernel, variants("routed_norm", _NAMES, _TILES), _extents, whole="BLOCK_C"
 )  # fmt: skip
 BACKWARD = Kernel(
-    "routed_norm_backward", backward_kernel, variants("routed_norm_backward", _NAMES, _TILES), _extents,
+    "routed_norm_backward", backward_kernel, variants("routed_norm_backward", _NAMES, _BACK_TILES), _extents,
     whole="BLOCK_C",
 )  # fmt: skip
 KERNELS = (FORWARD, BACKWARD)

@@ -35,7 +35,7 @@ class RoutedDiTBlock(nn.Module):
     """Attention and feed-forward part of a DiT, of which a timestep uses some channels only.
 
     With the mask m, ``r = m x``, ``r += gate1 * attention(norm1(r))``, ``r += gate2 * mlp(norm2(r))``, and the result
-    is ``r + (1 - m) x``: both norms run over all channels, the masked ones being 0, and both parts write to all channels.
+    is ``r + (1 - m) x``: both norms run over all channels, the masked ones being 0, and both parts write to all.
 
     What the mask leaves out is left out of the work, exactly: the norm makes one number of all masked channels of a
     token (less the modulation), so that the projection to q, k and v multiplies the window only, and adds a product

@@ -40,7 +40,7 @@ def softmax_aggregate(
 
     Args:
         features: [B, N, C, h, w], N >= 1: float32, bfloat16, float16 or float64 (which runs on the reference). Read
-            where they lie if their pixels (NCHW) or their channels (channels_last) are adjacent, in any order of B and N.
+            where they lie if their pixels (NCHW) or their channels (channels_last) are adjacent, B and N in any order.
         hidden: [B, K, h, w], of the same dtype; without ``weight`` the logits themselves, K = N.
         weight: [N, K] or, as a 1x1 convolution has it, [N, K, 1, 1]; ``None``: ``hidden`` are the logits.
         return_shares: also return the softmax.

@@ -378,7 +378,7 @@ def _aggregate_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ..
 
 def _aggregate_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     name, dtype = problem
-    batch, maps, channels, depth, pixels = 4, 16 if name == "many" else 3, 320, 128, 4096
+    batch, maps, channels, depth, pixels = 4, 8 if name == "many" else 3, 320, 128, 4096
 
     def flat(*shape: int) -> Tensor:
         if name != "rows":

@@ -9,13 +9,19 @@ from pydenoise.ops.registry import Backend
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MEASURED = "not yet measured on a GPU; the only compiled backend there"
-_LONGEST = 8192  # as kernels/routed_norm.py has it
+_LONGEST, _LONGEST_BACK = 8192, 4096  # as kernels/routed_norm.py has it
 
 
 def _unsupported(input: Tensor, *args) -> str | None:
     if input.shape[-1] > _LONGEST:
         return f"{input.shape[-1]} channels are more than {_LONGEST}"
     return _triton.unsupported(input, _FLOATS)
+
+
+def _unsupported_backward(grad: Tensor, *args) -> str | None:
+    if grad.shape[-1] > _LONGEST_BACK:
+        return f"{grad.shape[-1]} channels are more than {_LONGEST_BACK}"
+    return _triton.unsupported(grad, _FLOATS)
 
 
 def _run(input, mask, update, gate, scale, shift, total, eps) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,5 +43,5 @@ def _backward(grad, grad_carried, grad_constant, input, mask, update, gate, scal
 
 ROWS = (
     Backend("routed_norm", "triton", 110, _unsupported, _run, _MEASURED),
-    Backend("routed_norm_backward", "triton", 110, _unsupported, _backward, _MEASURED),
+    Backend("routed_norm_backward", "triton", 110, _unsupported_backward, _backward, _MEASURED),
 )

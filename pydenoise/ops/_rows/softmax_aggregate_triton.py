@@ -8,7 +8,7 @@ from pydenoise.ops.registry import Backend
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MEASURED = "not yet measured on a GPU; the only compiled backend there"
-_MOST_MAPS = 16  # that one program holds
+_MOST_MAPS = 8  # that one program holds
 
 
 def _unsupported_maps(features: Tensor) -> str | None:
