@@ -50,6 +50,8 @@ PER_ISA_SOURCES = {
     "csrc/sampler_step/cpu.cpp": FLOAT_LEVELS,
     "csrc/dcls_kernel/cpu.cpp": FLOAT_LEVELS,
     "csrc/wavelet_gate/cpu.cpp": FLOAT_LEVELS,
+    "csrc/softmax_aggregate/cpu.cpp": FLOAT_LEVELS,
+    "csrc/routed_norm/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
@@ -70,6 +72,8 @@ SOURCES = [
     "csrc/sampler_step/dispatch.cpp",
     "csrc/dcls_kernel/dispatch.cpp",
     "csrc/wavelet_gate/dispatch.cpp",
+    "csrc/softmax_aggregate/dispatch.cpp",
+    "csrc/routed_norm/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
@@ -83,6 +87,8 @@ SOURCES = [
     "csrc/bindings/sampler_step.cpp",
     "csrc/bindings/dcls_kernel.cpp",
     "csrc/bindings/wavelet_gate.cpp",
+    "csrc/bindings/softmax_aggregate.cpp",
+    "csrc/bindings/routed_norm.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

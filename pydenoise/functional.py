@@ -9,10 +9,12 @@ from pydenoise.ops.int8_conv2d import int8_conv2d
 from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
 from pydenoise.ops.quantize import dequantize, quantize, quantize_dynamic
+from pydenoise.ops.routed_norm import RoutedNorm, routed_norm
 from pydenoise.ops.sampler_step import Buffers as StepBuffers
 from pydenoise.ops.sampler_step import Launcher as StepLauncher
 from pydenoise.ops.sampler_step import bind as bind_sampler_step
 from pydenoise.ops.sampler_step import sampler_step
+from pydenoise.ops.softmax_aggregate import softmax_aggregate
 from pydenoise.ops.sparsed_block_mask import sparsed_block_mask
 from pydenoise.ops.token_confidence import token_confidence
 from pydenoise.ops.wavelet_gate import wavelet_gate_down, wavelet_gate_pool, wavelet_gate_up
@@ -31,6 +33,9 @@ __all__ = [
     "layer_norm_quantize",
     "quantize",
     "quantize_dynamic",
+    "RoutedNorm",
+    "routed_norm",
+    "softmax_aggregate",
     "sparsed_block_mask",
     "StepBuffers",
     "StepLauncher",

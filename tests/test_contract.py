@@ -154,13 +154,11 @@ ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_spars
     "attention", "block_sparse_attention", "block_sparse_attention_backward", "block_importance",
 }  # fmt: skip
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
-DCLS_OPS = {"dcls_kernel", "dcls_kernel_backward"}  # tests/test_contract_dcls.py
-BILATERAL_OPS = {
-    "adaptive_bilateral_filter",
-    "adaptive_bilateral_filter_backward",
-}  # tests/test_contract_adaptive_bilateral_filter.py
-WAVELET_OPS = {"wavelet_gate", "wavelet_gate_backward", "wavelet_gate_pool"}  # tests/test_contract_wavelet_gate.py
-BLOCK_OPS = DCLS_OPS | BILATERAL_OPS | WAVELET_OPS
+BLOCK_OPS = {  # tests/test_contract_<op>.py, _dcls.py
+    "adaptive_bilateral_filter", "adaptive_bilateral_filter_backward", "dcls_kernel", "dcls_kernel_backward",
+    "routed_norm", "routed_norm_backward", "softmax_aggregate", "softmax_aggregate_backward", "wavelet_gate",
+    "wavelet_gate_backward", "wavelet_gate_pool",
+}  # fmt: skip
 CONTRACTS = {
     "weighted_conv": Contract(
         TENSORS, CONV_CASES, forward_args, check_forward, opcheck_forward, (*OPCHECK_CASES, "relu_residual")

@@ -6,17 +6,11 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {
-    "sparse-attention": "dense and",
-    "samplers": "means of the classes: tensor([-",
+PAGES = {  # and what each one prints
+    "blocks-afa": "channels of the first and the last timestep: 0 to 50, 13 to 63",
+    "blocks-bilateral": "root mean square error 0.099, denoised 0.02",
     "blocks-dcls": "P[0] moved by +2",
     "blocks-hyperspectral": "4 components; noise of",
-}  # and what each one prints
-PAGES = {  # and what each one prints
-    "sparse-attention": "dense and",
-    "samplers": "means of the classes: tensor([-",
-    "blocks-bilateral": "root mean square error 0.099, denoised 0.02",
-PAGES = {  # and what each one prints
     "blocks-wavelet": "doubled: (2, 16, 32, 32)",
     "samplers": "means of the classes: tensor([-",
     "sparse-attention": "dense and",

@@ -69,6 +69,10 @@ class DigitsUNet(DiffusionUNet):
         Returns:
             Like ``x``.
         """
+        return self.denoise(x, self.embed(x, timesteps, labels))
+
+    def embed(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+        """All that the blocks are told of a call of ``forward`` besides ``x``: [N, length]."""
         if x.dim() != 4 or x.shape[1] != 1 or x.shape[2] % self.align or x.shape[3] % self.align:
             raise ValueError(f"x: expected [N, 1, H, W], H and W multiples of {self.align}, got {list(x.shape)}")
         count = x.shape[0]
@@ -79,7 +83,7 @@ class DigitsUNet(DiffusionUNet):
         elif not isinstance(labels, Tensor) or labels.shape != (count,) or labels.dtype not in LABEL_DTYPES:
             raise ValueError(f"labels: expected a tensor of integers [{count}], got {_what(labels)}")
         times = timesteps.to(x.dtype).expand(count)
-        return self.denoise(x, F.silu(self.embed_time(times) + self.condition_embed(labels)))
+        return F.silu(self.embed_time(times) + self.condition_embed(labels))
 
 
 def _what(value: object) -> str:

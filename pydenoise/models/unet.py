@@ -154,7 +154,11 @@ class DiffusionUNet(nn.Module):
 
         Returns [N, channels, H, W].
         """
-        return self.denoise(x, F.silu(self.embed_time(timesteps) + self.condition_embed(condition[:, None])))
+        return self.denoise(x, self.embed(x, timesteps, condition))
+
+    def embed(self, x: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        """All that the blocks are told of a call of ``forward`` besides ``x``: [N, length]."""
+        return F.silu(self.embed_time(timesteps) + self.condition_embed(condition[:, None]))
 
     def embed_time(self, timesteps: Tensor) -> Tensor:
         """``timesteps`` [N]; returns [N, length]."""

@@ -5,6 +5,8 @@ from pydenoise.nn.attention_guided_bilateral import AttentionGuidedBilateral, Si
 from pydenoise.nn.dcls_conv import DclsConv1d, DclsConv2d, DclsConv3d
 from pydenoise.nn.dcls_loading import DclsLoadReport, load_dcls_state_dict
 from pydenoise.nn.dcls_variants import DclsConv2_1d, DclsConv2dK1d, DclsConv3_1d
+from pydenoise.nn.ensemble import Ensemble
+from pydenoise.nn.feature_aggregator import FeatureAggregator
 from pydenoise.nn.filter2noise_loss import Filter2NoiseLoss
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
 from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
@@ -15,10 +17,12 @@ from pydenoise.nn.int8_resnet import Int8ResnetBlock
 from pydenoise.nn.int8_sampling import Int8Downsample2D, Int8Upsample2D
 from pydenoise.nn.int8_transformer import Int8Transformer2D, Int8TransformerBlock
 from pydenoise.nn.resnet_spec import ResnetSpec
+from pydenoise.nn.routed_dit import RoutedDiTBlock
 from pydenoise.nn.sparsed_attention import SparseDAttention
 from pydenoise.nn.sparsed_report import SparsityReport
 from pydenoise.nn.sparsed_schedule import SparseDSchedule
 from pydenoise.nn.spectral_loss import SpectralDistillationLoss
+from pydenoise.nn.task_routing import Route, TaskRouting
 from pydenoise.nn.timestep_scales import TimestepScales
 from pydenoise.nn.wavelet_gate import WaveletGateDown, WaveletGateUp
 from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedConv3d
@@ -33,6 +37,8 @@ __all__ = [
     "DclsConv3_1d",
     "DclsConv3d",
     "DclsLoadReport",
+    "Ensemble",
+    "FeatureAggregator",
     "Filter2NoiseLoss",
     "FusedConv1d",
     "FusedConv2d",
@@ -48,12 +54,15 @@ __all__ = [
     "Int8Upsample2D",
     "Request",
     "ResnetSpec",
+    "Route",
+    "RoutedDiTBlock",
     "SigmaPredictor",
     "SigmaRegion",
     "SparseDAttention",
     "SparseDSchedule",
     "SparsityReport",
     "SpectralDistillationLoss",
+    "TaskRouting",
     "TimestepScales",
     "WaveletGateDown",
     "WaveletGateUp",

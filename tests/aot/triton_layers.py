@@ -14,7 +14,9 @@ from pydenoise.kernels import (
     int8_linear,
     norm_quantize,
     quantize,
+    routed_norm,
     sampler_step,
+    softmax_aggregate,
     token_confidence,
     wavelet_gate,
 )
@@ -439,6 +441,49 @@ DCLS = Family(
     lambda variant: 0,
 )
 
+# ------------------------------------------------------------------------------------------------ feature aggregation
+
+
+def _aggregate_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """Three networks; at 90 also channels_last maps, as many maps as a program holds, and ready logits."""
+    found = [("planes", torch.bfloat16)]
+    if arch == 90:
+        found += [("planes", torch.float32), ("rows", torch.float16)]
+        found += [("many", torch.float32), ("logits", torch.float32)]
+    return tuple(found)
+
+
+def _aggregate_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    batch, maps, channels, depth, pixels = 4, 8 if name == "many" else 3, 320, 128, 4096
+
+    def flat(*shape: int) -> Tensor:
+        if name != "rows":
+            return empty(*shape, dtype=dtype)
+        return empty(*shape[:-2], shape[-1], shape[-2], dtype=dtype).transpose(-1, -2)
+
+    features, out = flat(batch, maps, channels, pixels), flat(batch, channels, pixels)
+    shares = empty(batch, maps, pixels)
+    if variant.kernel == "softmax_aggregate":
+        weight = None if name == "logits" else empty(maps, depth)
+        hidden = flat(batch, maps if name == "logits" else depth, pixels)
+        return softmax_aggregate.plan(features, hidden, weight, out, shares).arguments
+    first = name == "logits"  # the call without gradients of features, but with some of shares
+    given = softmax_aggregate.plan_backward(
+        out, shares if first else None, features, shares, None if first else torch.empty_like(features), shares
+    )
+    return given.arguments
+
+
+AGGREGATES = Family(
+    {kernel.name: kernel.function for kernel in softmax_aggregate.KERNELS},
+    tuple(variant for kernel in softmax_aggregate.KERNELS for variant in kernel.variants),
+    _aggregate_problems,
+    _aggregate_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ------------------------------------------------------------------------------------------------------- wavelet gates
 
 _WAVELETS = {kernel.name: kernel for kernel in wavelet_gate.KERNELS}
@@ -479,6 +524,48 @@ WAVELETS = Family(
     tuple(variant for kernel in _WAVELETS.values() for variant in kernel.variants),
     _wavelet_problems,
     _wavelet_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
+# -------------------------------------------------------------------------------------------------------- task routing
+
+
+def _routed_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """The second norm of a block; at 90 also the first, whose window is compact."""
+    found = [("updated", torch.bfloat16)]
+    if arch == 90:
+        found += [("updated", torch.float32), ("first", torch.float16)]
+    return tuple(found)
+
+
+def _routed_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    block = dict(variant.meta)["BLOCK_C"]
+    batch, tokens, channels = 8, 256, block * 3 // 4
+    x, stats = empty(batch, tokens, channels, dtype=dtype), empty(batch, tokens, 2)
+    coefficients = empty(batch, channels)
+    updated = name == "updated"
+    update, gate, mask = (x, coefficients, empty(batch, channels)) if updated else (None, None, None)
+    total = channels if updated else block
+    if variant.kernel == "routed_norm":
+        found = routed_norm.plan(
+            x, mask, update, gate, coefficients, coefficients, total, 1e-6, x, x if updated else None, stats
+        )
+    else:
+        partials = empty(batch, routed_norm.chunks_of(x)[0], 3, channels)
+        found = routed_norm.plan_backward(
+            x, x if updated else None, None if updated else empty(batch, tokens), x, mask, update, gate, coefficients,
+            stats, total, x, x if updated else None, partials,
+        )  # fmt: skip
+    return found.arguments
+
+
+ROUTED = Family(
+    {kernel.name: kernel.function for kernel in routed_norm.KERNELS},
+    tuple(variant for kernel in routed_norm.KERNELS for variant in kernel.variants),
+    _routed_problems,
+    _routed_arguments,
     lambda variant: None,
     lambda variant: 0,
 )
@@ -552,4 +639,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS, WAVELETS)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS, WAVELETS, AGGREGATES, ROUTED)

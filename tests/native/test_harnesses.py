@@ -109,6 +109,8 @@ def test_on_an_older_processor(harness, level, tmp_path):
         "sampler_step",
         "dcls_kernel",
         "wavelet_gate",
+        "softmax_aggregate",
+        "routed_norm",
     ],
 )
 def test_level_objects_share_no_symbols(op, level, tmp_path):

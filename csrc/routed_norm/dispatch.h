@@ -1,0 +1,18 @@
+// Masked, modulated layer norm for the bindings: run on all threads.
+#pragma once
+
+#include "../core/isa.h"
+#include "params.h"
+
+namespace pdn {
+namespace routed_norm {
+
+// The kernels of one ISA level.
+const KernelSet& kernel_set(Isa isa);
+
+// False if scratch memory is exhausted.
+bool run(Isa isa, const Params& p);
+bool run(Isa isa, const GradParams& p);
+
+}  // namespace routed_norm
+}  // namespace pdn
