@@ -47,6 +47,7 @@ PER_ISA_SOURCES = {
     "csrc/block_sparse_attention/cpu.cpp": FLOAT_LEVELS,
     "csrc/token_confidence/cpu.cpp": FLOAT_LEVELS,
     "csrc/sampler_step/cpu.cpp": FLOAT_LEVELS,
+    "csrc/ode_stage/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
@@ -64,6 +65,7 @@ SOURCES = [
     "csrc/block_sparse_attention/dispatch.cpp",
     "csrc/token_confidence/dispatch.cpp",
     "csrc/sampler_step/dispatch.cpp",
+    "csrc/ode_stage/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
@@ -74,6 +76,7 @@ SOURCES = [
     "csrc/bindings/block_sparse_attention_backward.cpp",
     "csrc/bindings/token_confidence.cpp",
     "csrc/bindings/sampler_step.cpp",
+    "csrc/bindings/ode_stage.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

@@ -10,6 +10,7 @@ from pydenoise.ops import (
     int8_conv2d,
     int8_linear,
     norm_quantize,
+    ode_stage,
     quantize,
     registry,
     sampler_step,
@@ -59,6 +60,8 @@ _CALLS: dict[str, tuple[str, Callable[..., tuple]]] = {
     "attention": (attention.OP, attention.prepare),
     "block_importance": (block_importance.OP, block_importance.prepare),
     "block_sparse_attention": (block_sparse_attention.OP, block_sparse_attention.prepare),
+    "ode_stage": (ode_stage.OP, ode_stage.prepare),
+    "ode_combination": (ode_stage.OP, ode_stage.prepare_combination),
     "sampler_step": (sampler_step.OP, sampler_step.prepare),
     "token_confidence": (token_confidence.OP, token_confidence.prepare),
 }

@@ -6,6 +6,7 @@ from pydenoise.ops.block_sparse_attention import block_sparse_attention
 from pydenoise.ops.int8_conv2d import int8_conv2d
 from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
+from pydenoise.ops.ode_stage import ode_combination, ode_stage
 from pydenoise.ops.quantize import dequantize, quantize, quantize_dynamic
 from pydenoise.ops.sampler_step import Buffers as StepBuffers
 from pydenoise.ops.sampler_step import Launcher as StepLauncher
@@ -24,6 +25,8 @@ __all__ = [
     "int8_conv2d",
     "int8_linear",
     "layer_norm_quantize",
+    "ode_combination",
+    "ode_stage",
     "quantize",
     "quantize_dynamic",
     "sparsed_block_mask",

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = {"sparse-attention": "dense and", "samplers": "means of the classes: tensor([-"}  # and what each one prints
+PAGES = {  # and what each one prints
+    "sparse-attention": "dense and",
+    "samplers": "means of the classes: tensor([-",
+    "blocks-continuous": "million parameters",
+}
 
 
 @pytest.mark.filterwarnings("ignore::pydenoise.FallbackWarning")

@@ -1,6 +1,8 @@
-"""Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
+"""Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD, continuous U-Nets."""
 
 from pydenoise.nn._plans import Request
+from pydenoise.nn.continuous_unet import ContinuousUNet
+from pydenoise.nn.dynamic_block import DynamicBlock
 from pydenoise.nn.fused_conv import FusedConv1d, FusedConv2d, FusedConv3d
 from pydenoise.nn.int8_attention import AttentionSpec, Int8AttentionBlock
 from pydenoise.nn.int8_chain import Int8Chain
@@ -18,6 +20,8 @@ from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedC
 
 __all__ = [
     "AttentionSpec",
+    "ContinuousUNet",
+    "DynamicBlock",
     "FusedConv1d",
     "FusedConv2d",
     "FusedConv3d",

@@ -102,6 +102,7 @@ def test_on_an_older_processor(harness, level, tmp_path):
         "block_sparse_attention",
         "token_confidence",
         "sampler_step",
+        "ode_stage",
     ],
 )
 def test_level_objects_share_no_symbols(op, level, tmp_path):
