@@ -2,8 +2,8 @@
 
 Run: python examples/train_continuous_unet.py [--steps 400]
 
-Both are told time and class alike and trained alike, by examples/train_digits.py. Printed are the parameters, the
-operations of a call, the time of a training step and of a call, and how many of the sampled digits look like their class
+Both are told time and class, and are trained alike, by examples/train_digits.py. Printed are the parameters, the
+operations of a call, the time of a training step and of a call, and how many sampled digits look like their class
 (scikit-learn's digits, 5 nearest neighbours).
 """
 
@@ -128,10 +128,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--samples", type=int, default=20, help="of each class")
     parser.add_argument("--n-features", type=int, default=16, help="of the continuous U-Net: half its first width")
-    parser.add_argument("--method", default="rk4_38", choices=pdn.nn.DynamicBlock.METHODS, help="integrator of the blocks")
+    parser.add_argument(
+        "--method", default="rk4_38", choices=pdn.nn.DynamicBlock.METHODS, help="integrator of the blocks"
+    )
     parser.add_argument("--n-steps", type=int, default=1, help="steps of the integrator")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--ema", type=float, default=0.99, help="decay of the weights' moving average, which is sampled")
+    parser.add_argument(
+        "--ema", type=float, default=0.99, help="decay of the weights' moving average, which is sampled"
+    )
     parser.add_argument("--drop", type=float, default=0.1, help="share of the images whose class is hidden (guidance)")
     parser.add_argument("--winograd", action="store_true", help="let 3 x 3 convolutions round more and run faster")
     parser.add_argument("--seed", type=int, default=0)

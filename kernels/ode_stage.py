@@ -9,8 +9,9 @@ Every tensor is dense [n, pixel, channel].
 import torch
 import triton
 import triton.language as tl
-from pydenoise.kernels._tiles import Kernel, Launch, multiprocessors, variants
 from torch import Tensor
+
+from pydenoise.kernels._tiles import Kernel, Launch, multiprocessors, variants
 
 _SIZES = ("pixels", "per_part", "parts", "tune")
 
@@ -46,37 +47,57 @@ def _with_slope(v, slope, w, q, n, p, c, mask, pixels, channels, stride, SECOND:
     return v
 
 
+@triton.jit
+def _point(state, k0, k1, k2, k3, n, p, c, mask, pixels, channels, slope_stride, drift, w0, w1, w2, w3, q0, q1, q2, q3,
+           SECOND: tl.constexpr, DRIFT: tl.constexpr):  # fmt: skip
+    """State and slopes combined: [pixels, channels]."""
+    v = tl.load(_tile(state, n, p, c, pixels, channels), mask=mask, other=0.0).to(tl.float32)
+    if DRIFT:
+        moved = mask & (c < channels // 2)[None, :]
+        at = _tile(state, n, p, c + channels // 2, pixels, channels)
+        v += drift * tl.load(at, mask=moved, other=0.0).to(tl.float32)
+    v = _with_slope(v, k0, w0, q0, n, p, c, mask, pixels, channels, slope_stride, SECOND)
+    v = _with_slope(v, k1, w1, q1, n, p, c, mask, pixels, channels, slope_stride, SECOND)
+    v = _with_slope(v, k2, w2, q2, n, p, c, mask, pixels, channels, slope_stride, SECOND)
+    return _with_slope(v, k3, w3, q3, n, p, c, mask, pixels, channels, slope_stride, SECOND)
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def combine_kernel(
-    state, k0, k1, k2, k3, point, means, squares,
+    state, k0, k1, k2, k3, point, shifts, means, squares,
     pixels, per_part, channels, slope_stride, point_stride, drift, w0, w1, w2, w3, q0, q1, q2, q3, tune,
     SECOND: tl.constexpr, DRIFT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The point of one part of an image, written where there is a place for it; its moments likewise."""
+    """The point of one part of an image, written where there is a place for it.
+
+    Its moments likewise, relative to the image's first pixel: a mean far from 0 would cost digits.
+    """
     c, part, n = _place(channels, pixels, per_part, BLOCK_C)
     parts = tl.cdiv(pixels, per_part)
     end = tl.minimum((part + 1) * per_part, pixels)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     square = tl.zeros((BLOCK_C,), tl.float32)
+    shift = tl.zeros((BLOCK_C,), tl.float32)
     count = 0.0
+    if means is not None:
+        row = tl.arange(0, 1)
+        mask = (row < 1)[:, None] & (c < channels)[None, :]
+        shift = tl.sum(
+            _point(state, k0, k1, k2, k3, n, row, c, mask, pixels, channels, slope_stride, drift, w0, w1, w2, w3,
+                   q0, q1, q2, q3, SECOND, DRIFT), 0,
+        )  # fmt: skip
     for start in range(part * per_part, end, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < end)[:, None] & (c < channels)[None, :]
-        v = tl.load(_tile(state, n, p, c, pixels, channels), mask=mask, other=0.0).to(tl.float32)
-        if DRIFT:
-            moved = mask & (c < channels // 2)[None, :]
-            at = _tile(state, n, p, c + channels // 2, pixels, channels)
-            v += drift * tl.load(at, mask=moved, other=0.0).to(tl.float32)
-        v = _with_slope(v, k0, w0, q0, n, p, c, mask, pixels, channels, slope_stride, SECOND)
-        v = _with_slope(v, k1, w1, q1, n, p, c, mask, pixels, channels, slope_stride, SECOND)
-        v = _with_slope(v, k2, w2, q2, n, p, c, mask, pixels, channels, slope_stride, SECOND)
-        v = _with_slope(v, k3, w3, q3, n, p, c, mask, pixels, channels, slope_stride, SECOND)
+        v = _point(state, k0, k1, k2, k3, n, p, c, mask, pixels, channels, slope_stride, drift, w0, w1, w2, w3,
+                   q0, q1, q2, q3, SECOND, DRIFT)  # fmt: skip
         if point is not None:
             kept = v.to(point.dtype.element_ty)
             tl.store(_tile(point, n, p, c, pixels, point_stride), kept, mask=mask)
             v = kept.to(tl.float32)
         if means is not None:
             more = tl.minimum(end - start, BLOCK_P).to(tl.float32)
+            v = tl.where(mask, v - shift[None, :], 0.0)
             own = tl.sum(v, 0) / more
             d = tl.where(mask, v - own[None, :], 0.0)
             delta = own - mean
@@ -88,11 +109,13 @@ def combine_kernel(
         at = (n * parts + part) * channels + c
         tl.store(means + at, mean, mask=c < channels)
         tl.store(squares + at, square, mask=c < channels)
+        if part == 0:
+            tl.store(shifts + n * channels + c, shift, mask=c < channels)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def normalise_kernel(
-    point, means, squares, film, moments, y,
+    point, shifts, means, squares, film, moments, y,
     pixels, per_part, parts, channels, point_stride, y_stride, plane, eps, tune,
     PLANE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -110,13 +133,14 @@ def normalise_kernel(
         square += tl.load(squares + at, mask=c_ok, other=0.0) + delta * delta * (count * share)
         count += more
     inverse = 1.0 / tl.sqrt_rn(square / count + eps)
-    first = c_ok & (block == 0)
-    tl.store(moments + n * 2 * channels + c, mean, mask=first)
-    tl.store(moments + (n * 2 + 1) * channels + c, inverse, mask=first)
+    shift = tl.load(shifts + n * channels + c, mask=c_ok, other=0.0)
+    if block == 0:
+        tl.store(moments + n * 2 * channels + c, shift + mean, mask=c_ok)
+        tl.store(moments + (n * 2 + 1) * channels + c, inverse, mask=c_ok)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = (p < pixels)[:, None] & c_ok[None, :]
     v = tl.load(_tile(point, n, p, c, pixels, point_stride), mask=mask, other=0.0).to(tl.float32)
-    v = (v - mean[None, :]) * inverse[None, :]
+    v = ((v - shift[None, :]) - mean[None, :]) * inverse[None, :]
     if film is not None:
         scale = 1.0 + tl.load(film + n * 2 * channels + c, mask=c_ok, other=0.0)
         v = v * scale[None, :] + tl.load(film + (n * 2 + 1) * channels + c, mask=c_ok, other=0.0)[None, :]
@@ -124,8 +148,8 @@ def normalise_kernel(
     if PLANE:
         row = y + (n * pixels + p.to(tl.int64)) * y_stride + channels
         value = tl.zeros((BLOCK_P,), tl.float32) + plane
-        own = tl.program_id(0) % tl.cdiv(channels, BLOCK_C) == 0
-        tl.store(row, value.to(y.dtype.element_ty), mask=(p < pixels) & own)
+        if tl.program_id(0) % tl.cdiv(channels, BLOCK_C) == 0:
+            tl.store(row, value.to(y.dtype.element_ty), mask=p < pixels)
 
 
 @triton.jit
@@ -176,9 +200,9 @@ def grad_kernel(
         total += tl.load(sums + at, mask=c_ok, other=0.0)
         product += tl.load(products + at, mask=c_ok, other=0.0)
     if grad_film is not None:
-        first = c_ok & (block == 0)
-        tl.store(grad_film + n * 2 * channels + c, product, mask=first)
-        tl.store(grad_film + (n * 2 + 1) * channels + c, total, mask=first)
+        if block == 0:
+            tl.store(grad_film + n * 2 * channels + c, product, mask=c_ok)
+            tl.store(grad_film + (n * 2 + 1) * channels + c, total, mask=c_ok)
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = (p < pixels)[:, None] & c_ok[None, :]
     g = tl.load(_tile(grad, n, p, c, pixels, grad_stride), mask=mask, other=0.0).to(tl.float32)
@@ -253,8 +277,9 @@ def plan_stage(
     pixels, device = height * width, state.device
     combines = len(slopes) > 0 or drift != 0
     per_part, parts = _per_part(n, channels, pixels, device)
-    means = squares = None
+    shifts = means = squares = None
     if y is not None:
+        shifts = torch.empty((n, channels), dtype=torch.float32, device=device)
         means, squares = torch.empty((2, n, parts, channels), dtype=torch.float32, device=device)
     kept = point if point is not None else y if combines else None  # in place: the second launch reads what it writes
     common = {"pixels": pixels, "per_part": per_part, "channels": channels, "tune": (n * pixels).bit_length()}
@@ -268,7 +293,7 @@ def plan_stage(
         Launch(
             COMBINE,
             {
-                **common, **named, "state": state, "point": kept, "means": means, "squares": squares,
+                **common, **named, "state": state, "point": kept, "shifts": shifts, "means": means, "squares": squares,
                 "slope_stride": channels // 2 if second else channels, "point_stride": stride, "drift": float(drift),
                 "SECOND": second, "DRIFT": drift != 0,
             },
@@ -277,8 +302,8 @@ def plan_stage(
     ]  # fmt: skip
     if y is not None:
         written = {
-            **common, "point": state if kept is None else kept, "means": means, "squares": squares, "film": film,
-            "moments": moments, "y": y, "parts": parts, "point_stride": stride, "y_stride": y.shape[-1],
+            **common, "point": state if kept is None else kept, "shifts": shifts, "means": means,
+            "squares": squares, "film": film, "moments": moments, "y": y, "parts": parts, "point_stride": stride, "y_stride": y.shape[-1],
             "plane": float(plane or 0.0), "eps": float(eps), "PLANE": plane is not None,
         }  # fmt: skip
         launches.append(Launch(NORMALISE, written, _grid(n, pixels, channels, "BLOCK_P")))

@@ -1,4 +1,4 @@
-"""Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD, continuous U-Nets."""
+"""Drop-in modules (constructors and state_dicts of their torch.nn twins), int8 layers and blocks, SparseD, blocks."""
 
 from pydenoise.nn._plans import Request
 from pydenoise.nn.continuous_unet import ContinuousUNet

@@ -279,12 +279,14 @@ def _backward(ctx, grad, grad_point, grad_moments):
                 grad, point, moments, film, grad_point, ctx.eps, need_film, ctx.backend
             )
         dfilm = dfilm.to(ctx.film_dtype) if need_film else None
+    # an empty list is an empty list of tensors to torch, which wants one back
+    lists = [None if values else [] for values in (ctx.weights, ctx.position_weights)]
     if dpoint is None:
-        return (None,) * 12
+        return None, [None] * ctx.slopes, *lists, *(None,) * 8
     dstate, dslopes = reference.combination_backward(
         dpoint, ctx.weights, ctx.position_weights, ctx.drift, ctx.second, need[0], need_slopes
     )
-    return dstate, list(dslopes), None, None, None, None, dfilm, None, None, None, None, None
+    return dstate, list(dslopes), *lists, None, None, dfilm, None, None, None, None, None
 
 
 torch.library.register_autograd("pydenoise::ode_stage", _backward, setup_context=_setup_context, lib=_library)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from pydenoise.kernels import (
     _tiles,
     block_importance,
@@ -17,7 +19,6 @@ from pydenoise.kernels import (
     token_confidence,
 )
 from pydenoise.kernels import weighted_conv as wc
-from torch import Tensor
 
 # A problem of a variant: the layer's name and the dtype of its floats, or of its codes.
 Problem = tuple[str, torch.dtype]
@@ -392,8 +393,8 @@ def _stage_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     weights = (0.5, -1.0, 1.0, 0.25)[: 4 if second else 3]
     slopes = (slope,) * len(weights)
     stage = ode_stage.plan_stage(
-        state, slopes, weights, weights if second else (), 0.5 if second else 0.0, second, film, 0.5 if second else None,
-        1e-5, None if name == "end" else y, state if name == "end" or second else None, moments,
+        state, slopes, weights, weights if second else (), 0.5 if second else 0.0, second, film,
+        0.5 if second else None, 1e-5, None if name == "end" else y, state if name == "end" or second else None, moments,
     )  # fmt: skip
     gradient = ode_stage.plan_gradient(
         y, state, moments, film, state if second else None, state, empty(n, 2 * channels) if second else None

@@ -30,7 +30,7 @@ def test_published_size():
 
 
 def test_sines_of_the_published_table():
-    """A table of 1000 times: frequencies of index j are 10000^(-2 j / d), sines at even j, cosines with those of j - 1."""
+    """A table of 1000 times: the frequency of index j is 10000^(-2 j / d); sines at even j, cosines as those before."""
     features = 8
     j = torch.arange(features, dtype=torch.float64)
     frequencies = 10000 ** (-2 * j / features)

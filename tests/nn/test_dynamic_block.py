@@ -139,7 +139,9 @@ def test_time_reversal_on_a_linear_field():
     there.matrix, back.matrix = matrix, -matrix
     with torch.no_grad():
         end = there(h)
-        torch.testing.assert_close(end, torch.einsum("ij,njhw->nihw", torch.matrix_exp(matrix), h), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            end, torch.einsum("ij,njhw->nihw", torch.matrix_exp(matrix), h), rtol=1e-6, atol=1e-6
+        )
         torch.testing.assert_close(back(end), h, rtol=1e-6, atol=1e-6)
 
 
