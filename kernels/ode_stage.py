@@ -303,8 +303,8 @@ def plan_stage(
     if y is not None:
         written = {
             **common, "point": state if kept is None else kept, "shifts": shifts, "means": means,
-            "squares": squares, "film": film, "moments": moments, "y": y, "parts": parts, "point_stride": stride, "y_stride": y.shape[-1],
-            "plane": float(plane or 0.0), "eps": float(eps), "PLANE": plane is not None,
+            "squares": squares, "film": film, "moments": moments, "y": y, "parts": parts, "point_stride": stride,
+            "y_stride": y.shape[-1], "plane": float(plane or 0.0), "eps": float(eps), "PLANE": plane is not None,
         }  # fmt: skip
         launches.append(Launch(NORMALISE, written, _grid(n, pixels, channels, "BLOCK_P")))
     return launches

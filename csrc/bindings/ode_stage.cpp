@@ -25,8 +25,8 @@ DType kernel_dtype(ScalarType dtype) {
 
 // `image` itself if its memory is dense with adjacent channels, else a copy of which that is true.
 Tensor dense_rows(const Tensor& image) {
-    const bool usable = image.numel() == 0 ||
-                        (has_adjacent_channels(image) && joined_stride(image, 0, 4) == image.size(1));
+    const bool usable =
+        image.numel() == 0 || (has_adjacent_channels(image) && joined_stride(image, 0, 4) == image.size(1));
     return usable ? image : copied_rows(image);
 }
 

@@ -23,8 +23,8 @@ struct ImageProgress {
     }
 };
 
-// first(image, chunk) for all chunks of an image, fold(image) once, second(image, chunk) for all of them, and so on with
-// the next image, on all threads; `grain` steps are worth waking one. False if memory is exhausted.
+// first(image, chunk) for all chunks of an image, fold(image) once, second(image, chunk) for all of them, and so on
+// with the next image, on all threads; `grain` steps are worth waking one. False if memory is exhausted.
 //
 // One loop for both passes, image by image: starting a second one would cost as much as a small image. A step waits for
 // lower-numbered ones only, and ranges are begun in ascending order, so that those are done or being done.

@@ -41,24 +41,24 @@ struct StageParams {
 struct GradParams {
     DType dtype;
     int64_t batch, pixels, channels;
-    int64_t grad_channels;    // channels and plane
-    const void* grad;         // of the output
-    const void* point;        //
-    const float* moments;     // [batch, 2, channels]
-    const float* film;        // [batch, 2 * channels] or null
-    const void* beside;       // what the gradient of the point starts from, or null
-    void* grad_point;         // [batch, pixels, channels]
-    float* grad_film;         // [batch, 2 * channels] or null
+    int64_t grad_channels;  // channels and plane
+    const void* grad;       // of the output
+    const void* point;      //
+    const float* moments;   // [batch, 2, channels]
+    const float* film;      // [batch, 2 * channels] or null
+    const void* beside;     // what the gradient of the point starts from, or null
+    void* grad_point;       // [batch, pixels, channels]
+    float* grad_film;       // [batch, 2 * channels] or null
 };
 
 // The kernels of one ISA level. An image's pixels are split into chunks by the problem alone. The first pass makes a
 // chunk's partial sums, `fold` joins those of an image into coefficients, the second pass writes a chunk with them.
 // Chunks are independent, so that any split over threads gives the same bits.
 struct KernelSet {
-    int width;                                                 // floats per vector
-    int64_t (*chunk)(int64_t pixels, int64_t channels);        // pixels of a chunk
-    int64_t (*partial)(int64_t channels);                      // floats of a chunk's partial sums
-    int64_t (*coefficients)(int64_t channels);                 // floats of an image's coefficients
+    int width;                                           // floats per vector
+    int64_t (*chunk)(int64_t pixels, int64_t channels);  // pixels of a chunk
+    int64_t (*partial)(int64_t channels);                // floats of a chunk's partial sums
+    int64_t (*coefficients)(int64_t channels);           // floats of an image's coefficients
     void (*combine)(const StageParams& p, int64_t image, int64_t chunk, float* partial);  // no sums where it is null
     void (*fold)(const StageParams& p, int64_t image, float* partials, float* coefficients);
     void (*normalise)(const StageParams& p, int64_t image, int64_t chunk, const float* coefficients);

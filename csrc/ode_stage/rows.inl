@@ -1,5 +1,5 @@
-// What both directions of ode_stage share: elements, lanes, and the split of an image into chunks. Included once per ISA
-// level.
+// What both directions of ode_stage share: elements, lanes, and the split of an image into chunks. Included once per
+// ISA level.
 #pragma once
 
 #include "../core/quantize.inl"

@@ -108,9 +108,8 @@ void combine_part(const Source<T>& s, int64_t channels, Span span, float* mean, 
 template <class T, int S, bool D>
 void keep_part(const Source<T>& s, int64_t channels, Span span) {
     for (int64_t pixel = span.begin; pixel < span.end; ++pixel)
-        vectors_once(channels, [&](int64_t c, auto lanes) __attribute__((always_inline)) {
-            kept_point<T, S, D>(s, pixel, c, lanes);
-        });
+        vectors_once(channels, [&](int64_t c, auto lanes)
+                                   __attribute__((always_inline)) { kept_point<T, S, D>(s, pixel, c, lanes); });
 }
 
 // Whether the point is something else than the state.

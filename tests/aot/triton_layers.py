@@ -394,7 +394,8 @@ def _stage_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     slopes = (slope,) * len(weights)
     stage = ode_stage.plan_stage(
         state, slopes, weights, weights if second else (), 0.5 if second else 0.0, second, film,
-        0.5 if second else None, 1e-5, None if name == "end" else y, state if name == "end" or second else None, moments,
+        0.5 if second else None, 1e-5, None if name == "end" else y, state if name == "end" or second else None,
+        moments,
     )  # fmt: skip
     gradient = ode_stage.plan_gradient(
         y, state, moments, film, state if second else None, state, empty(n, 2 * channels) if second else None

@@ -118,8 +118,18 @@ struct Problem {
         beside.draw(count, c.dtype, 0, generator);
         grad_point.make(count, c.dtype);
         grad_film.assign(static_cast<size_t>(2 * c.batch * c.channels), std::numeric_limits<float>::quiet_NaN());
-        g = {c.dtype, c.batch, c.pixels, c.channels, width, grad.data(), nullptr, moments.data(), p.film,
-             c.keep ? beside.data() : nullptr, grad_point.data(), c.film ? grad_film.data() : nullptr};
+        g = {c.dtype,
+             c.batch,
+             c.pixels,
+             c.channels,
+             width,
+             grad.data(),
+             nullptr,
+             moments.data(),
+             p.film,
+             c.keep ? beside.data() : nullptr,
+             grad_point.data(),
+             c.film ? grad_film.data() : nullptr};
     }
 
     double point_at(int64_t image, int64_t pixel, int64_t channel) const {
