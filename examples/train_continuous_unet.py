@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 from train_digits import train
 
 import pydenoise as pdn
+import pydenoise.functional  # defines torch.ops.pydenoise
 from pydenoise.models.digits import DigitsUNet
 from pydenoise.models.digits_quality import class_agreement, real_digits
 
@@ -127,7 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=400, help="of training")
     parser.add_argument("--batch", type=int, default=64, help="images a step")
     parser.add_argument("--samples", type=int, default=20, help="of each class")
-    parser.add_argument("--n-features", type=int, default=16, help="of the continuous U-Net: half its first width")
+    parser.add_argument("--n-features", type=int, default=12, help="of the continuous U-Net: half its first width")
     parser.add_argument(
         "--method", default="rk4_38", choices=pdn.nn.DynamicBlock.METHODS, help="integrator of the blocks"
     )
