@@ -52,6 +52,7 @@ PER_ISA_SOURCES = {
     "csrc/wavelet_gate/cpu.cpp": FLOAT_LEVELS,
     "csrc/softmax_aggregate/cpu.cpp": FLOAT_LEVELS,
     "csrc/routed_norm/cpu.cpp": FLOAT_LEVELS,
+    "csrc/ode_stage/cpu.cpp": FLOAT_LEVELS,
     "csrc/core/peaks_isa.cpp": tuple(ISA_FLAGS),
 }
 SOURCES = [
@@ -74,6 +75,7 @@ SOURCES = [
     "csrc/wavelet_gate/dispatch.cpp",
     "csrc/softmax_aggregate/dispatch.cpp",
     "csrc/routed_norm/dispatch.cpp",
+    "csrc/ode_stage/dispatch.cpp",
     "csrc/bindings/weighted_conv.cpp",
     "csrc/bindings/quantize.cpp",
     "csrc/bindings/norm_quantize.cpp",
@@ -89,6 +91,7 @@ SOURCES = [
     "csrc/bindings/wavelet_gate.cpp",
     "csrc/bindings/softmax_aggregate.cpp",
     "csrc/bindings/routed_norm.cpp",
+    "csrc/bindings/ode_stage.cpp",
     "csrc/bindings/module.cpp",
 ]
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]

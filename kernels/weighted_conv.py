@@ -52,6 +52,11 @@ def _activate(v, ACTIVATION: tl.constexpr):
         v = tl.where(v < 0, v * 0.1, v)
     elif ACTIVATION == "leaky_relu_0.2":
         v = tl.where(v < 0, v * 0.2, v)
+    elif ACTIVATION == "softplus":  # the rounding of 1 + e is divided out of its logarithm
+        e = tl.exp(-tl.abs(v))
+        above = 1.0 + e
+        rest = tl.where(above == 1.0, e, tl.log(above) * (e / tl.where(above == 1.0, 1.0, above - 1.0)))
+        v = tl.where(v < 0, 0.0, v) + rest
     return v
 
 

@@ -8,6 +8,7 @@ from pydenoise.ops.dcls_kernel import dcls_kernel
 from pydenoise.ops.int8_conv2d import int8_conv2d
 from pydenoise.ops.int8_linear import int8_linear
 from pydenoise.ops.norm_quantize import group_norm_silu_quantize, layer_norm_quantize
+from pydenoise.ops.ode_stage import ode_combination, ode_stage
 from pydenoise.ops.quantize import dequantize, quantize, quantize_dynamic
 from pydenoise.ops.routed_norm import RoutedNorm, routed_norm
 from pydenoise.ops.sampler_step import Buffers as StepBuffers
@@ -31,6 +32,8 @@ __all__ = [
     "int8_conv2d",
     "int8_linear",
     "layer_norm_quantize",
+    "ode_combination",
+    "ode_stage",
     "quantize",
     "quantize_dynamic",
     "RoutedNorm",

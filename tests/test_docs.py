@@ -9,6 +9,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {  # and what each one prints
     "blocks-afa": "channels of the first and the last timestep: 0 to 50, 13 to 63",
     "blocks-bilateral": "root mean square error 0.099, denoised 0.02",
+    "blocks-continuous": "million parameters",
     "blocks-dcls": "P[0] moved by +2",
     "blocks-hyperspectral": "4 components; noise of",
     "blocks-wavelet": "doubled: (2, 16, 32, 32)",

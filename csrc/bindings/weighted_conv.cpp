@@ -153,7 +153,7 @@ Tensor run_packed(const Tensor& input, ConvParams p, const Geometry& g, const Al
     const Tensor x = with_adjacent_channels(input);
     set_input(p, g, x);
     for (const Axis& a : p.axis) STD_TORCH_CHECK(a.out_size > 0, "input: the kernel does not fit the padded input");
-    STD_TORCH_CHECK(is_elementwise(activation), "activation: unknown");
+    STD_TORCH_CHECK(ends_convolution(activation), "activation: unknown");
     p.activation = static_cast<Activation>(activation);
     p.packed = packed.data_ptr();
     const Ints shape = output_shape(p, g);

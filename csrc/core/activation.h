@@ -20,6 +20,7 @@ enum class Activation : int {
     leaky_relu_01 = 6,   // 0.1
     leaky_relu_02 = 7,   // 0.2
     geglu = 8,           // only on the way into quantization: it halves the channels
+    softplus = 9,        // only in the epilogue of a float convolution
 };
 
 // The functions are static, so that the objects of the ISA levels share none.
@@ -35,6 +36,11 @@ PDN_ANYWHERE static constexpr float leaky_slope(Activation a) {
 // Whether `number`, which came from Python, is an activation that leaves the channels as they are.
 static constexpr bool is_elementwise(long long number) {
     return number >= 0 && number <= static_cast<long long>(Activation::leaky_relu_02);
+}
+
+// Whether `number` is an activation that a float convolution may end in.
+static constexpr bool ends_convolution(long long number) {
+    return is_elementwise(number) || number == static_cast<long long>(Activation::softplus);
 }
 
 }  // namespace pdn

@@ -1,12 +1,7 @@
 #include "dispatch.h"
 
-#include <atomic>
-#include <memory>
-#include <new>
-#include <thread>
-
 #include "../core/levels.h"
-#include "../core/threads.h"
+#include "../core/two_passes.h"
 
 namespace pdn {
 namespace norm_quantize {
@@ -16,17 +11,6 @@ PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
 namespace {
 
 constexpr int64_t kSerialElements = 24576;  // below, waking another thread costs more than it saves
-
-// How far an image is: its chunks count up here, and whoever finishes the last one folds.
-struct Progress {
-    std::atomic<int64_t> chunks{0};
-    std::atomic<bool> folded{false};
-
-    void wait() const {
-        for (int i = 0; !folded.load(std::memory_order_acquire); ++i)
-            if (i > 1000) std::this_thread::yield();  // the thread that we wait for may need this core
-    }
-};
 
 // Floats for everything a call shares, then `per_range` bytes for each of `ranges` loop bodies.
 struct Memory {
@@ -55,28 +39,14 @@ bool run(Isa isa, const GroupNormParams& p) {
     const auto image_coefficients = [&](int64_t image) {
         return memory.floats(items * partial + image * coefficients);
     };
-    const std::unique_ptr<Progress[]> progress(new (std::nothrow) Progress[static_cast<size_t>(p.batch)]);
-    if (progress == nullptr) return false;
-    const auto step = [&](int64_t image, int64_t i) {
-        Progress& own = progress[static_cast<size_t>(image)];
-        const int64_t item = image * chunks + i % chunks;
-        if (i < chunks) {
-            set.group_statistics(p, image, i, partials(item));
-            if (own.chunks.fetch_add(1, std::memory_order_acq_rel) + 1 < chunks) return;
-            set.group_fold(p, image, partials(image * chunks), image_coefficients(image));
-            own.folded.store(true, std::memory_order_release);
-        } else {
-            own.wait();
-            set.group_write(p, image, i % chunks, image_coefficients(image), memory.scratch(item));
-        }
-    };
-    // One loop for both passes, image by image: starting a second one would cost as much as a small image. A step waits
-    // for lower-numbered ones only, and ranges are begun in ascending order, so that those are done or being done.
     const int64_t grain = p.batch * p.pixels * p.channels <= kSerialElements ? 2 * items : 1;
-    parallel_ranges(2 * items, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) step(i / (2 * chunks), i % (2 * chunks));
-    });
-    return true;
+    return two_passes(
+        p.batch, chunks, grain,
+        [&](int64_t image, int64_t i) { set.group_statistics(p, image, i, partials(image * chunks + i)); },
+        [&](int64_t image) { set.group_fold(p, image, partials(image * chunks), image_coefficients(image)); },
+        [&](int64_t image, int64_t i) {
+            set.group_write(p, image, i, image_coefficients(image), memory.scratch(image * chunks + i));
+        });
 }
 
 bool run(Isa isa, const LayerNormParams& p) {

@@ -368,6 +368,7 @@ void write_typed(const GroupNormParams& p, int64_t image, int64_t chunk, const f
         case Activation::leaky_relu_02:
             return write_activated<T, Activation::leaky_relu_001>(p, image, begin, end, slots, scratch);
         case Activation::geglu:  // refused by the bindings
+        case Activation::softplus:
             return;
     }
 }

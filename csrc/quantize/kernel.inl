@@ -108,6 +108,8 @@ void quantize_typed(const QuantizeParams& p, int64_t begin, int64_t end, void* s
             return quantize_rows<T, Activation::leaky_relu_001>(p, begin, end, scratch);
         case Activation::geglu:
             return quantize_rows<T, Activation::geglu>(p, begin, end, scratch);
+        case Activation::softplus:  // refused by the bindings
+            return;
     }
 }
 

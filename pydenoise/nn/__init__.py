@@ -1,10 +1,12 @@
-"""Drop-in modules: the constructors and state_dicts of their torch.nn twins, int8 layers and blocks, SparseD."""
+"""Drop-in modules (constructors and state_dicts of their torch.nn twins), int8 layers and blocks, SparseD, blocks."""
 
 from pydenoise.nn._plans import Request
 from pydenoise.nn.attention_guided_bilateral import AttentionGuidedBilateral, SigmaPredictor, SigmaRegion
+from pydenoise.nn.continuous_unet import ContinuousUNet
 from pydenoise.nn.dcls_conv import DclsConv1d, DclsConv2d, DclsConv3d
 from pydenoise.nn.dcls_loading import DclsLoadReport, load_dcls_state_dict
 from pydenoise.nn.dcls_variants import DclsConv2_1d, DclsConv2dK1d, DclsConv3_1d
+from pydenoise.nn.dynamic_block import DynamicBlock
 from pydenoise.nn.ensemble import Ensemble
 from pydenoise.nn.feature_aggregator import FeatureAggregator
 from pydenoise.nn.filter2noise_loss import Filter2NoiseLoss
@@ -30,6 +32,7 @@ from pydenoise.nn.weighted_conv import WeightedConv1d, WeightedConv2d, WeightedC
 __all__ = [
     "AttentionGuidedBilateral",
     "AttentionSpec",
+    "ContinuousUNet",
     "DclsConv1d",
     "DclsConv2_1d",
     "DclsConv2d",
@@ -37,6 +40,7 @@ __all__ = [
     "DclsConv3_1d",
     "DclsConv3d",
     "DclsLoadReport",
+    "DynamicBlock",
     "Ensemble",
     "FeatureAggregator",
     "Filter2NoiseLoss",

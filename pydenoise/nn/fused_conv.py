@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pydenoise import functional as PF
 from pydenoise.ops._arguments import check_choice, int_tuple
 from pydenoise.ops.weighted_conv import ALGORITHMS, explicit_padding, pack, weighted_conv_packed
-from pydenoise.reference.activations import ACTIVATIONS
+from pydenoise.reference.activations import CONV_ACTIVATIONS
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _FUNCTIONALS = {1: PF.weighted_conv1d, 2: PF.weighted_conv2d, 3: PF.weighted_conv3d}
@@ -77,7 +77,7 @@ class _FusedConv(nn.Module):
             keep_layout: return an output in contiguous memory for an input in contiguous memory.
         """
         super().__init__()
-        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("activation", activation, CONV_ACTIVATIONS)
         check_choice("algorithm", algorithm, ALGORITHMS)
         check_choice("padding_mode", padding_mode, PADDING_MODES)
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):

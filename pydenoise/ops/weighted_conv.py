@@ -16,7 +16,7 @@ from pydenoise.ops import registry
 from pydenoise.ops._arguments import check_choice, check_tensor, int_tuple
 from pydenoise.ops.registry import Backend
 from pydenoise.reference import weighted_conv as reference
-from pydenoise.reference.activations import ACTIVATIONS
+from pydenoise.reference.activations import CONV_ACTIVATIONS
 
 OP = "weighted_conv"
 OP_BACKWARD = "weighted_conv_backward"
@@ -82,8 +82,8 @@ def weighted_conv2d(
         bias: [C_out] or ``None``.
         stride, dilation: positive ints. padding: non-negative ints, ``"valid"``, or ``"same"`` (stride 1 only).
         groups: divides C_in and C_out.
-        activation: "none", "relu", "silu", "gelu" (exact), "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1" or
-            "leaky_relu_0.2" (slopes below zero), applied before the residual is added.
+        activation: "none", "relu", "silu", "gelu" (exact), "gelu_tanh", "leaky_relu_0.01", "leaky_relu_0.1",
+            "leaky_relu_0.2" (slopes below zero) or "softplus", applied before the residual is added.
         residual: a tensor of the output's shape, dtype and device, or ``None``.
         backend: "auto" or one of "cpu", "triton", "cuda", "reference"; see :func:`pydenoise.explain`.
 
@@ -191,8 +191,8 @@ def prepare(
     options = (_hashable(stride), _hashable(padding), _hashable(dilation))
     geometry = _geometry if torch.compiler.is_compiling() else _cached_geometry
     stride, padding, dilation = geometry(dims, *options, tuple(weight.shape[2:]))
-    if activation not in ACTIVATIONS:
-        check_choice("activation", activation, ACTIVATIONS)
+    if activation not in CONV_ACTIVATIONS:
+        check_choice("activation", activation, CONV_ACTIVATIONS)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, dilation)
     if residual is not None:
         check_tensor("residual", residual, like=input)
@@ -456,7 +456,7 @@ def weighted_conv_packed(
         packed: from :func:`pack`.
         bias: [C_out] or ``None``. residual: of the output's shape, or ``None``; both of ``input``'s dtype.
         padding: (low, high) per axis, outermost axis first: see :func:`explicit_padding`.
-        activation: one of ``ACTIVATIONS``.
+        activation: one of ``CONV_ACTIVATIONS``.
 
     Raises:
         TypeError, ValueError: ``input`` does not fit the packed weight, or ``residual`` does not fit the output.

@@ -5,11 +5,12 @@ from torch import Tensor
 
 LEAKY_SLOPES = {"leaky_relu_0.01": 0.01, "leaky_relu_0.1": 0.1, "leaky_relu_0.2": 0.2}  # below zero; 0.01: torch's own
 ACTIVATIONS = ("none", "relu", "silu", "gelu", "gelu_tanh", *LEAKY_SLOPES)
+CONV_ACTIVATIONS = (*ACTIVATIONS, "softplus")  # of float convolutions
 # On the way into quantization there is one more: the first half of the channels times GELU of the second half.
 INPUT_ACTIVATIONS = (*ACTIVATIONS, "geglu")
 # Those f with f(s x) = s f(x) for s > 0: a positive factor per channel passes through them.
 HOMOGENEOUS = ("none", "relu", *LEAKY_SLOPES)
-NUMBERS = {name: number for number, name in enumerate(INPUT_ACTIVATIONS)}  # as in csrc/core/activation.h
+NUMBERS = {name: number for number, name in enumerate((*INPUT_ACTIVATIONS, "softplus"))}  # as in csrc/core/activation.h
 
 _FUNCTIONS = {
     "none": lambda x: x,
@@ -17,11 +18,12 @@ _FUNCTIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "softplus": F.softplus,
 }
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply the elementwise ``activation``, one of ``ACTIVATIONS``, to ``x``."""
+    """Apply the elementwise ``activation``, one of ``CONV_ACTIVATIONS``, to ``x``."""
     slope = LEAKY_SLOPES.get(activation)
     return _FUNCTIONS[activation](x) if slope is None else F.leaky_relu(x, slope)
 

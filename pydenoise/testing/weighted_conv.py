@@ -88,6 +88,7 @@ CONV_CASES: tuple[ConvCase, ...] = (
     ConvCase("silu", "fused epilogue with an exponential", (7, 30), (3, 3), 16, 48, padding=1, activation="silu"),
     ConvCase("gelu", "fused epilogue with erf", (7, 9), (3, 3), 8, 16, padding=1, activation="gelu"),
     ConvCase("gelu_tanh", "fused epilogue with tanh", (7, 9), (3, 3), 8, 16, padding=1, activation="gelu_tanh"),
+    ConvCase("softplus", "fused epilogue with a logarithm", (9, 31), (3, 3), 19, 37, padding=1, activation="softplus"),
     ConvCase("leaky", "fused epilogue with a slope", (7, 30), (3, 3), 20, 48, padding=1, activation="leaky_relu_0.1"),
     ConvCase(
         "leaky_residual",

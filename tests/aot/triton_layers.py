@@ -13,6 +13,7 @@ from pydenoise.kernels import (
     int8_conv2d,
     int8_linear,
     norm_quantize,
+    ode_stage,
     quantize,
     routed_norm,
     sampler_step,
@@ -570,6 +571,54 @@ ROUTED = Family(
     lambda variant: 0,
 )
 
+# ---------------------------------------------------------------------------------------------------------- ODE stages
+
+
+def _stage_problems(variant: _tiles.Variant, arch: int) -> tuple[Problem, ...]:
+    """The last stage of a step; of the first tile also order second with everything, and the end of a step."""
+    found: list[Problem] = [("plain", torch.float32)]
+    if variant is variant_of(variant.kernel, ode_stage.KERNELS) and arch == 90:
+        found += [("plain", torch.bfloat16), ("second", torch.float32), ("second", torch.float16)]
+        if variant.kernel == "ode_combine":
+            found.append(("end", torch.float32))
+    return tuple(found)
+
+
+def variant_of(kernel: str, kernels: tuple[_tiles.Kernel, ...]) -> _tiles.Variant:
+    """The first tile of the kernel of this name."""
+    return next(k for k in kernels if k.name == kernel).variants[0]
+
+
+def _stage_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
+    name, dtype = problem
+    n, size, channels = 8, 64, 64
+    second = name == "second"
+    state = empty(n, size, size, channels, dtype=dtype)
+    slope = empty(n, size, size, channels // 2 if second else channels, dtype=dtype)
+    film, moments = (empty(n, 2 * channels) if second else None), empty(n, 2, channels)
+    y = empty(n, size, size, channels + second, dtype=dtype)
+    weights = (0.5, -1.0, 1.0, 0.25)[: 4 if second else 3]
+    slopes = (slope,) * len(weights)
+    stage = ode_stage.plan_stage(
+        state, slopes, weights, weights if second else (), 0.5 if second else 0.0, second, film,
+        0.5 if second else None, 1e-5, None if name == "end" else y, state if name == "end" or second else None,
+        moments,
+    )  # fmt: skip
+    gradient = ode_stage.plan_gradient(
+        y, state, moments, film, state if second else None, state, empty(n, 2 * channels) if second else None
+    )
+    return next(launch.arguments for launch in (*stage, *gradient) if launch.kernel.name == variant.kernel)
+
+
+STAGES = Family(
+    {kernel.name: kernel.function for kernel in ode_stage.KERNELS},
+    tuple(variant for kernel in ode_stage.KERNELS for variant in kernel.variants),
+    _stage_problems,
+    _stage_arguments,
+    lambda variant: None,
+    lambda variant: 0,
+)
+
 # ----------------------------------------------------------------------------------------------------------- attention
 
 _ATTENTION = {kernel.name: kernel for module in (block_sparse_attention, block_importance) for kernel in module.KERNELS}
@@ -639,4 +688,4 @@ ATTENTION = Family(
     _own_rows,
 )
 
-FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS, WAVELETS, AGGREGATES, ROUTED)
+FAMILIES = (WEIGHTED_CONV, INT8, TOKENS, BILATERAL, STEPS, ATTENTION, DCLS, WAVELETS, AGGREGATES, ROUTED, STAGES)

@@ -123,6 +123,8 @@ inline double activate_exactly(double x, Activation activation) {
             return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
         case Activation::gelu_tanh:
             return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+        case Activation::softplus:
+            return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x)));
         default:
             return is_leaky_relu(activation) && x < 0 ? x * leaky_slope(activation) : x;
     }

@@ -46,6 +46,7 @@ const Case kCases[] = {
      2},
     {"5x5", 1, 16, 1, 1, {kFlat, {6, 5, 1, 2}, {21, 5, 1, 2}}, Activation::gelu},
     {"leaky relu", 1, 32, 1, 1, {kFlat, {6, 3, 1, 1}, {21, 3, 1, 1}}, Activation::leaky_relu_02},
+    {"softplus", 1, 20, 1, 1, {kFlat, {6, 3, 1, 1}, {21, 3, 1, 1}}, Activation::softplus},
     {"7x7", 1, 48, 1, 1, {kFlat, {8, 7, 1, 3}, {29, 7, 1, 3}}, Activation::gelu_tanh, false, true, false},
     {"7x7, more padding than half of the row", 1, 17, 1, 1, {kFlat, {3, 7, 1, 3}, {4, 7, 1, 3}}},
     {"31x31", 1, 16, 1, 1, {kFlat, {6, 31, 1, 15}, {40, 31, 1, 15}}},

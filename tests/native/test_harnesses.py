@@ -111,6 +111,7 @@ def test_on_an_older_processor(harness, level, tmp_path):
         "wavelet_gate",
         "softmax_aggregate",
         "routed_norm",
+        "ode_stage",
     ],
 )
 def test_level_objects_share_no_symbols(op, level, tmp_path):

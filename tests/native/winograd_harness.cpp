@@ -35,6 +35,7 @@ const Case kCases[] = {
     {"one vector in the last column", 2, 1, 33, 48, 13, 17, 1, Activation::silu, true, true, false, false, 3},
     {"one channel in the last column", 1, 1, 17, 33, 8, 8, 1, Activation::gelu, true, false, true, true, 5},
     {"leaky relu", 1, 1, 32, 48, 11, 16, 1, Activation::leaky_relu_01, true, false, true, false, 0},
+    {"softplus", 1, 1, 32, 48, 10, 16, 1, Activation::softplus, true, true, false, false, 0},
     {"groups", 2, 3, 24, 20, 7, 10, 1, Activation::relu, true, true, true, false, 1},
     {"single pixel", 3, 1, 16, 16, 1, 1, 1, Activation::none, true, false, true, false, 0},
     {"no padding", 1, 1, 16, 32, 11, 12, 0, Activation::gelu_tanh, false, false, true, false, 0},
@@ -113,6 +114,8 @@ double activate_exactly(double x, Activation activation) {
             return 0.5 * x * std::erfc(-x / std::sqrt(2.0));
         case Activation::gelu_tanh:
             return 0.5 * x * (1 + std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)));
+        case Activation::softplus:
+            return std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x)));
         default:
             return is_leaky_relu(activation) && x < 0 ? x * leaky_slope(activation) : x;
     }

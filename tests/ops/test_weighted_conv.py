@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from pydenoise import BackendUnavailable, _native
 from pydenoise import functional as PF
 from pydenoise.ops import weighted_conv as op
-from pydenoise.reference.activations import ACTIVATIONS
+from pydenoise.reference.activations import CONV_ACTIVATIONS
 from pydenoise.testing import assert_accurate
 
 _RANDOM = torch.Generator().manual_seed(0)
@@ -112,7 +112,7 @@ def test_empty_batch_forward_and_backward(shape):
     assert x.grad.shape == shape and not weight.grad.any()
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", CONV_ACTIVATIONS)
 def test_second_derivatives(activation):
     tensors = [torch.randn(1, 2, 4, 5), torch.randn(3, 2, 3, 2), torch.rand(3, 2) + 0.5, torch.randn(3)]
     leaves = [t.double().requires_grad_() for t in tensors]

@@ -34,6 +34,8 @@ def _unsupported(
     reason = _unsupported_tensors(input)
     if reason is not None:
         return reason
+    if activation == "softplus":
+        return "activation 'softplus' is not among those of the CUDA kernels"
     channels, out_channels = input.shape[1], weight.shape[0]
     kind = _kind(channels, out_channels, groups)
     if kind is None:
