@@ -28,9 +28,10 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    """Give a test that takes ``case`` and ``provider`` the cases and usual providers of its module's ``SUITE``."""
-    if {"case", "provider"} <= set(metafunc.fixturenames):
-        suite = SUITES[metafunc.module.SUITE]
+    """Give a test that takes ``case`` and ``provider`` the cases and usual providers of its module's ``SUITE``, if any."""
+    name = getattr(metafunc.module, "SUITE", None)
+    if name is not None and {"case", "provider"} <= set(metafunc.fixturenames):
+        suite = SUITES[name]
         cases = [case for case in suite.cases(metafunc.config.getoption("--quick")) if not case.optional]
         providers = [provider for provider in suite.providers if provider.default]
         metafunc.parametrize("case", cases, ids=[case.key for case in cases])

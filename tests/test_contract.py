@@ -156,8 +156,8 @@ ATTENTION_OPS = {  # tests/test_contract_attention.py, tests/test_contract_spars
 SAMPLING_OPS = {"sampler_step", "token_confidence"}  # tests/test_contract_sampler_step.py, _token_confidence.py
 BLOCK_OPS = {  # tests/test_contract_<op>.py, _dcls.py
     "adaptive_bilateral_filter", "adaptive_bilateral_filter_backward", "dcls_kernel", "dcls_kernel_backward",
-    "routed_norm", "routed_norm_backward", "softmax_aggregate", "softmax_aggregate_backward", "wavelet_gate",
-    "wavelet_gate_backward", "wavelet_gate_pool",
+    "ode_stage", "ode_stage_backward", "routed_norm", "routed_norm_backward", "softmax_aggregate",
+    "softmax_aggregate_backward", "wavelet_gate", "wavelet_gate_backward", "wavelet_gate_pool",
 }  # fmt: skip
 CONTRACTS = {
     "weighted_conv": Contract(

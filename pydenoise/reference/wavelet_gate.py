@@ -62,9 +62,9 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _gates(gate: Tensor) -> tuple[Tensor, ...]:
+def _gates(gate: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Four of [B, 1 or C, 1, 1] from [B, 4] or [B, 4, C]."""
-    gate = _wide(gate)
+    gate = gate.to(dtype)
     gate = gate[:, :, None] if gate.dim() == 2 else gate
     return gate[..., None, None].unbind(1)
 
@@ -80,7 +80,7 @@ def wavelet_gate(input: Tensor, gate: Tensor, up: bool, size: tuple[int, int]) -
     Returns:
         [B, C, h, w]; ``up``: [B, C, H, W].
     """
-    gates = _gates(gate)
+    gates = _gates(gate, _wide(input).dtype)
     if not up:
         parts = [g * band for g, band in zip(gates, bands(_wide(input)), strict=True)]
         return (parts[0] + parts[1] + parts[2] + parts[3]).to(input.dtype)
@@ -98,7 +98,7 @@ def wavelet_gate_backward(
     ``pool_grad`` [B, channels of the input]: the gradient of the input's mean over its pixels, to be added to that of
     the input.
     """
-    wide, gates = _wide(grad), _gates(gate)
+    wide, gates = _wide(grad), _gates(gate, _wide(grad).dtype)
     of_input = of_gate = None
     parts = bands(wide, repeat=False) if up else (wide,) * 4
     if mask[0]:
