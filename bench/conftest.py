@@ -28,7 +28,7 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    """Give a test that takes ``case`` and ``provider`` the cases and usual providers of its module's ``SUITE``, if any."""
+    """Give a test that takes ``case`` and ``provider`` those of its module's ``SUITE``, if it names one."""
     name = getattr(metafunc.module, "SUITE", None)
     if name is not None and {"case", "provider"} <= set(metafunc.fixturenames):
         suite = SUITES[name]

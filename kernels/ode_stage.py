@@ -80,9 +80,9 @@ def combine_kernel(
     count = 0.0
     if means is not None:
         row = tl.arange(0, 1)
-        mask = (row < 1)[:, None] & (c < channels)[None, :]
+        first = (row < 1)[:, None] & (c < channels)[None, :]
         shift = tl.sum(
-            _point(state, k0, k1, k2, k3, n, row, c, mask, pixels, channels, slope_stride, drift, w0, w1, w2, w3,
+            _point(state, k0, k1, k2, k3, n, row, c, first, pixels, channels, slope_stride, drift, w0, w1, w2, w3,
                    q0, q1, q2, q3, SECOND, DRIFT), 0,
         )  # fmt: skip
     for start in range(part * per_part, end, BLOCK_P):

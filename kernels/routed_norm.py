@@ -10,7 +10,7 @@ import triton.language as tl
 from pydenoise.kernels._tiles import Kernel, Launch, multiprocessors, variants
 from torch import Tensor
 
-LONGEST, LONGEST_BACK = 8192, 4096  # channels that a program holds
+LONGEST, LONGEST_BACK = 8192, 2048  # channels that a program holds
 _SCALARS = ("tokens", "channels", "total", "rows", "per_chunk", "chunks", "tune")
 
 
@@ -126,7 +126,7 @@ def backward_kernel(
 
 _NAMES = ("BLOCK_C",)
 _TILES = [(512, 4, 1), (1024, 4, 1), (2048, 8, 1), (4096, 8, 1), (8192, 16, 1)]
-_BACK_TILES = [(512, 8, 1), (1024, 4, 1), (2048, 8, 1), (4096, 16, 1)]  # sums of the coefficients stay in registers
+_BACK_TILES = [(512, 8, 1), (1024, 4, 1), (2048, 8, 1)]  # sums stay in registers: more channels would spill
 
 
 def _extents(args: dict) -> dict[str, int]:

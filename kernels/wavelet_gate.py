@@ -307,7 +307,7 @@ _TILES = {  # by what is adjacent
 }
 _BACKWARD_TILES = {  # larger ones spill
     "columns": [(1, 512, 4, 1), (4, 128, 4, 1), (8, 64, 4, 1)],
-    "channels": [(64, 8, 4, 1), (32, 16, 4, 1), (128, 4, 4, 1)],
+    "channels": [(64, 8, 4, 1), (32, 8, 4, 1), (128, 4, 4, 1)],
 }
 _KEYS = ("tune", "channels", "PAIRED")
 _FUNCTIONS = {

@@ -9,7 +9,7 @@ from pydenoise.ops.registry import Backend
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 _MEASURED = "not yet measured on a GPU; the only compiled backend there"
-_LONGEST, _LONGEST_BACK = 8192, 4096  # as kernels/routed_norm.py has it
+_LONGEST, _LONGEST_BACK = 8192, 2048  # as kernels/routed_norm.py has it
 
 
 def _unsupported(input: Tensor, *args) -> str | None:
