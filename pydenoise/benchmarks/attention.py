@@ -12,10 +12,10 @@ from torch import Tensor
 from pydenoise import functional as PF
 from pydenoise.benchmarks import attention_generation, attention_memory, attention_pattern, attention_peers
 from pydenoise.benchmarks.attention_cases import AttentionBench, MemoryBench, PatternBench
-from pydenoise.benchmarks.attention_inputs import NO_PART, draw, mask_of, of_ours
+from pydenoise.benchmarks.attention_inputs import draw, mask_of, of_ours
 from pydenoise.benchmarks.cases import Case
 from pydenoise.benchmarks.convolution import Expected
-from pydenoise.benchmarks.providers import RESULT_BOUNDS, Contender, Provider, Setting, Skip, cpu_only, images
+from pydenoise.benchmarks.providers import NO_PART, RESULT_BOUNDS, Contender, Provider, Setting, Skip, cpu_only, images
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 BOUNDS = RESULT_BOUNDS | {"fp16": 5e-3}

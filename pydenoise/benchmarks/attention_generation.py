@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from pydenoise.benchmarks.attention_cases import GenerationBench, named
-from pydenoise.benchmarks.attention_inputs import DTYPES, NO_PART
+from pydenoise.benchmarks.attention_inputs import DTYPES
 from pydenoise.benchmarks.cases import Case
-from pydenoise.benchmarks.providers import Contender, Provider, Setting, Skip
+from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip
 from pydenoise.ops.registry import BackendUnavailable
 
 PRECISIONS = ("fp32", "bf16")

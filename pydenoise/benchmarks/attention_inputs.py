@@ -9,7 +9,6 @@ from pydenoise.block_mask import BlockMask
 from pydenoise.ops.registry import BackendUnavailable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NO_PART = "no part of this case"
 
 
 def draw(case: AttentionBench | PatternBench, setting: Setting, precision: str, layout: str) -> tuple[Tensor, ...]:

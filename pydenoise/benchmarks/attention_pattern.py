@@ -7,10 +7,10 @@ from torch import Tensor
 
 from pydenoise import functional as PF
 from pydenoise.benchmarks.attention_cases import ConfidenceBench, PatternBench, named
-from pydenoise.benchmarks.attention_inputs import DTYPES, NO_PART, draw, of_ours
+from pydenoise.benchmarks.attention_inputs import DTYPES, draw, of_ours
 from pydenoise.benchmarks.cases import Case
 from pydenoise.benchmarks.convolution import Expected
-from pydenoise.benchmarks.providers import Contender, Provider, Setting, Skip, images
+from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, images
 from pydenoise.block_mask import BlockMask
 from pydenoise.ops.block_importance import first_generated_block
 from pydenoise.ops.registry import BackendUnavailable

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pydenoise import functional as PF
-from pydenoise.benchmarks.attention_inputs import NO_PART, of_ours
+from pydenoise.benchmarks.attention_inputs import of_ours
 from pydenoise.benchmarks.attention_memory import resident_bytes, unsupported
 from pydenoise.benchmarks.cases import Bar, Case
 from pydenoise.benchmarks.peaks import Peaks
-from pydenoise.benchmarks.providers import Contender, Provider, Setting, Skip, images
+from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, images
 from pydenoise.reference import adaptive_bilateral_filter as reference
 
 OURS = ("ours-bilateral", "ours-bilateral-triton")

@@ -11,9 +11,8 @@ from pydenoise import functional as PF
 from pydenoise.benchmarks.cases import Bar, Case
 from pydenoise.benchmarks.convolution import Expected
 from pydenoise.benchmarks.peaks import Peaks
-from pydenoise.benchmarks.providers import Contender, Provider, Setting, Skip, cpu_only, images
+from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, cpu_only, images
 
-NO_PART = "no part of this case"
 OURS, NAIVE, SEPARABLE = "dcls", "dcls-naive", "dcls-separable"
 PLAIN, TORCH = "dcls-plain-conv", "dcls-torch-conv"
 SPREAD = 0.27

@@ -54,6 +54,9 @@ class Provider:
     default: bool = True
 
 
+NO_PART = "no part of this case"  # why a provider skips it; the report leaves such lines out
+
+
 def choose(providers: Sequence[Provider], names: Sequence[str] | None) -> list[Provider]:
     """The providers called ``names``, or the default ones. Raises ``ValueError`` with the known names."""
     if names is None:

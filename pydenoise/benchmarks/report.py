@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pydenoise.benchmarks.providers import NO_PART
+
 CAPTION = (
     "time: median; vs: how many times faster ours is: median over the rounds (and its range, on wide terminals), then "
     "the ratio of the best samples, which is the one to trust on a busy machine; "
@@ -224,7 +226,7 @@ def _print_troubles(result: dict, console: Console) -> None:
                 seen.setdefault((state["status"], name, state["reason"]), []).append(record["key"])
     for status, style in (("wrong", "bold red"), ("failed", "red"), ("skipped", "dim")):
         for (kind, name, reason), keys in seen.items():
-            if kind != status or reason == "no part of this case":
+            if kind != status or reason == NO_PART:
                 continue
             where = keys[0] if len(keys) == 1 else f"{len(keys)} cases"
             console.print(Text(f"{status}: {name} ({where}): {reason}", style=style))

@@ -11,10 +11,9 @@ from pydenoise import step_row as C
 from pydenoise.benchmarks import sampler_loop, sampler_peers, sampler_tuned
 from pydenoise.benchmarks.cases import Case
 from pydenoise.benchmarks.convolution import Expected
-from pydenoise.benchmarks.providers import RESULT_BOUNDS, Contender, Provider, Setting, Skip, cpu_only, images
+from pydenoise.benchmarks.providers import NO_PART, RESULT_BOUNDS, Contender, Provider, Setting, Skip, cpu_only, images
 from pydenoise.benchmarks.sampler_cases import GUIDANCE, LoopBench, NoiseBench, StepBench, is_random
 
-NO_PART = "no part of this case"
 CHECKED = 5  # steps of a run whose result is compared: as many as the deepest history needs, and one more
 SEED = 3
 RUNS = 8  # of the steps on one sample before it begins anew: a constant output makes it grow, and floats end

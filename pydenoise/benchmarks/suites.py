@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from pydenoise.benchmarks import attention, convolution, int8_layers, networks, sampler, unet
+from pydenoise.benchmarks import attention, blocks, convolution, int8_layers, networks, sampler, unet
 from pydenoise.benchmarks.attention_cases import attention_cases
 from pydenoise.benchmarks.cases import Bar, Case, network_cases, weighted_conv_cases
 from pydenoise.benchmarks.int8_cases import int8_cases
@@ -43,6 +43,7 @@ SUITES: dict[str, Suite] = {
     "unet": Suite("unet", unet_cases, unet.PROVIDERS, unet.expected_results, unet.BOUNDS),
     "attention": Suite("attention", attention_cases, attention.PROVIDERS, attention.expected_results, attention.BOUNDS),
     "sampler": Suite("sampler", sampler_cases, sampler.PROVIDERS, sampler.expected_results, sampler.BOUNDS),
+    "blocks": Suite("blocks", blocks.blocks_cases, blocks.PROVIDERS, blocks.expected_results, blocks.BOUNDS),
 }
 
 

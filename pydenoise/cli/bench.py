@@ -12,7 +12,7 @@ def add_parser(subparsers) -> None:
     """Add the ``bench`` command."""
     parser = subparsers.add_parser("bench", help="time the kernels beside other libraries", description=DESCRIPTION)
     add = parser.add_argument
-    suites = "weighted_conv, networks, int8-layers, unet, attention or sampler (default: all)"
+    suites = "weighted_conv, networks, int8-layers, unet, attention, sampler or blocks (default: all)"
     add("suite", nargs="?", metavar="SUITE", help=suites)
     add("--quick", action="store_true", help="a few tiny cases and rounds: shows that everything runs")
     add("--repeats", type=_positive(int), metavar="N", help="rounds per case (default: 15; quick: 3)")
