@@ -103,7 +103,10 @@ def distil(weights: tuple[float, float], teacher: nn.Module, images: Tensor, lab
     """A student trained on the noise and, where ``weights`` are not 0, on the teacher's features."""
     torch.manual_seed(args.seed)
     student, wanted = Student(args.width), teacher_features(teacher)
-    loss_of = SpectralDistillationLoss(student.channels, (32, 64, 32), spatial=weights[0], frequency=weights[1])
+    # Digits of few grey levels have frequencies of exactly 0: with a smaller eps their weights would drown the rest.
+    loss_of = SpectralDistillationLoss(
+        student.channels, (32, 64, 32), spatial=weights[0], frequency=weights[1], norm="ortho", eps=1.0
+    )
     optimizer = torch.optim.AdamW([*student.parameters(), *loss_of.parameters()], lr=args.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps)
     for _ in range(args.steps):
