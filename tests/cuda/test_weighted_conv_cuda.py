@@ -152,14 +152,6 @@ def test_kernel_arithmetic_on_the_host(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_registers_on_hopper():
-    """No spills, and the registers of the budget; `python tests/aot/cuda_budget.py` does it for every architecture."""
-    command = [sys.executable, str(ROOT / "tests/aot/cuda_budget.py"), "--archs", "90a"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 # ---------------------------------------------------------------------------------------------------------- with a GPU
 
 
