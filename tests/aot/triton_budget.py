@@ -85,6 +85,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
+    seconds: float
     registers: int
     spills: int  # bytes of local memory
     shared: int
@@ -123,14 +124,14 @@ def source(kernel: triton.JITFunction, values: dict) -> ASTSource:
 
 
 def compile_job(job: Job) -> Result:
-    tile = job.tile
+    tile, start = job.tile, time.perf_counter()
     values = {**job.rules.arguments(tile, job.problem), **dict(tile.meta)}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     made = source(job.rules.functions[tile.kernel], values)
     compiled = triton.compile(made, target=GPUTarget("cuda", job.arch, 32), options=options)
     registers, spills = resource_usage(compiled.asm["cubin"])
     tensor_core = job.instruction is not None and bool(re.search(job.instruction, compiled.asm["ptx"]))
-    return Result(registers, spills, compiled.metadata.shared, tensor_core)
+    return Result(time.perf_counter() - start, registers, spills, compiled.metadata.shared, tensor_core)
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -180,7 +181,7 @@ def main() -> int:
     chosen = [job for job in jobs() if options.arch in (None, job.arch) and options.kernel in (None, job.tile.kernel)]
     start, failed, measured = time.perf_counter(), 0, {}
     print(f"triton {triton.__version__}, {len(chosen)} compilations, budget: {len(budget)} entries")
-    print(f"{'registers':>9} {'shared':>7} {'spills':>6} {'tensor core':>11}  kernel")
+    print(f"{'registers':>9} {'shared':>7} {'spills':>6} {'tensor core':>11} {'seconds':>7}  kernel")
     # Fresh processes: the compiler's cache must not answer, nor one job's settings reach another.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -188,12 +189,13 @@ def main() -> int:
             for job, result in pool.imap(try_job, chosen):
                 if isinstance(result, str):
                     failed += 1
-                    print(f"{'':>37}  {job.name}\n    FAILED: {result}", flush=True)
+                    print(f"{'':>45}  {job.name}\n    FAILED: {result}", flush=True)
                     continue
                 measured[job.name] = {"registers": result.registers, "shared": result.shared}
                 problems_found = violations(job, result, budget)
                 failed += bool(problems_found)
-                row = f"{result.registers:>9} {result.shared:>7} {result.spills:>6} {str(result.tensor_core):>11}"
+                row = f"{result.registers:>9} {result.shared:>7} {result.spills:>6} {str(result.tensor_core):>11} "
+                row += f"{result.seconds:>7.1f}"
                 print(f"{row}  {job.name}" + "".join(f"\n    FAILED: {p}" for p in problems_found), flush=True)
     if options.write and not failed:
         partial = options.arch is not None or options.kernel is not None
