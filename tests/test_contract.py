@@ -14,18 +14,12 @@ from pydenoise import functional as PF
 from pydenoise.ops import registry, weighted_conv
 from pydenoise.reference import weighted_conv as reference
 from pydenoise.testing import CONV_CASES, WINOGRAD_RELATIVE_ERROR, ConvCase, arrange, assert_accurate, relative_error
-from pydenoise.testing.rows import Variant, device_of, poisoned_memory, variants
+from pydenoise.testing.rows import Variant, device_of, poisoned_memory, skip_unless, variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FUNCTIONS = {1: PF.weighted_conv1d, 2: PF.weighted_conv2d, 3: PF.weighted_conv3d}
 TENSORS = ("input", "weight", "density", "bias", "residual")
 CASES = {case.name: case for case in CONV_CASES}
-
-
-def skip_unless(row: registry.Backend, args: tuple) -> None:
-    reason = row.unsupported(*args)
-    if reason is not None:
-        pytest.skip(reason)
 
 
 # ---------------------------------------------------------------------------------------------- weighted convolution

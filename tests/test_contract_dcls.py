@@ -15,7 +15,7 @@ from pydenoise.ops import registry
 from pydenoise.reference import dcls_kernel as reference
 from pydenoise.testing import assert_accurate
 from pydenoise.testing.dcls_kernel import DCLS_KERNEL_CASES, DclsKernelCase, rounding_scale
-from pydenoise.testing.rows import device_of, poisoned_memory, variants
+from pydenoise.testing.rows import device_of, poisoned_memory, skip_unless, variants
 
 CASES = {case.name: case for case in DCLS_KERNEL_CASES}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,12 +25,6 @@ CPU = variants(op.OP, "cpu")
 GOLDEN = np.load(Path(__file__).parent / "data" / "blocks_dcls.npz")
 SIZES = {"1d_7": (7,), "2d_7x7": (7, 7), "2d_5x9": (5, 9), "3d_5x5x5": (5, 5, 5)}
 PUBLISHED = [(name, version) for name, version in product(SIZES, op.VERSIONS) if f"dcls{name}_{version}_W" in GOLDEN]
-
-
-def skip_unless(row: registry.Backend, args: tuple) -> None:
-    reason = row.unsupported(*args)
-    if reason is not None:
-        pytest.skip(reason)
 
 
 def wide(args: tuple, dtype: torch.dtype = torch.float64) -> tuple:

@@ -12,7 +12,7 @@ from pydenoise.ops import registry, routed_norm
 from pydenoise.reference import routed_norm as reference
 from pydenoise.testing import assert_accurate
 from pydenoise.testing.routed_norm import ROUTED_NORM_CASES
-from pydenoise.testing.rows import device_of, poisoned_memory, variants
+from pydenoise.testing.rows import device_of, in_dtype, poisoned_memory, skip_unless, variants
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "blocks_afa.npz")
 CASES = {case.name: case for case in ROUTED_NORM_CASES}
@@ -21,27 +21,16 @@ VARIANTS = variants(routed_norm.OP)
 BACKWARD = variants(routed_norm.OP_BACKWARD)
 
 
-def skip_unless(variant, args: tuple) -> None:
-    reason = variant.row.unsupported(*args)
-    if reason is not None:
-        pytest.skip(reason)
-
-
-def to(args: tuple, dtype: torch.dtype) -> tuple:
-    """Tensors on the CPU in another dtype."""
-    return tuple(a.cpu().to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
-
-
 @cache
 def expected(name: str, dtype: torch.dtype) -> tuple:
     args = CASES[name].args(dtype)
-    return reference.routed_norm(*to(args, torch.float64)), reference.routed_norm(*args)
+    return reference.routed_norm(*in_dtype(args, torch.float64)), reference.routed_norm(*args)
 
 
 @cache
 def expected_backward(name: str, dtype: torch.dtype, full: bool) -> tuple:
     args = CASES[name].backward_args(dtype, full=full)
-    wide = to(args, torch.float64)
+    wide = in_dtype(args, torch.float64)
     return reference.routed_norm_backward(*wide), reference.routed_norm_backward(*args)
 
 
@@ -57,7 +46,7 @@ def check(names: tuple[str, ...], got, exact, own, case, scales=None) -> None:
 @pytest.mark.parametrize("case", ROUTED_NORM_CASES, ids=lambda case: case.name)
 def test_forward(case, variant, dtype):
     args = case.args(dtype, device_of(variant.row))
-    skip_unless(variant, args)
+    skip_unless(variant.row, args)
     before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
     with variant.active(), poisoned_memory(), torch.no_grad():
         got = variant.row.run(*args)
@@ -72,7 +61,7 @@ def test_forward(case, variant, dtype):
 def test_backward(case, variant, dtype):
     for full in (True, False):
         args = case.backward_args(dtype, device_of(variant.row), full)
-        skip_unless(variant, args)
+        skip_unless(variant.row, args)
         with variant.active(), poisoned_memory(), torch.no_grad():
             got = variant.row.run(*args)
         exact, own = expected_backward(case.name, dtype, full)
@@ -109,7 +98,7 @@ def test_what_is_left_out_counts_for_nothing(variant):
     results = []
     for tokens in (x, spoiled):
         args = routed_norm.prepare(tokens.to(device), *(c.to(device) for c in coefficients), start=2, width=18)
-        skip_unless(variant, args)
+        skip_unless(variant.row, args)
         with variant.active():
             results.append(variant.row.run(*args))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][2], results[1][2])
@@ -202,7 +191,7 @@ def test_golden(variant):
         x.float().to(device_of(variant.row)), *(t.float().to(device_of(variant.row)) for t in (shift, scale)),
         start=start.to(device_of(variant.row)), width=width,
     )  # fmt: skip
-    skip_unless(variant, args)
+    skip_unless(variant.row, args)
     with variant.active():
         got = variant.row.run(*args)[0].cpu().double()
     torch.testing.assert_close(got @ weight.t() + bias, out, rtol=0, atol=2e-5)

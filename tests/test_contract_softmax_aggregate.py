@@ -11,7 +11,7 @@ from pydenoise import functional as PF
 from pydenoise.ops import registry, softmax_aggregate
 from pydenoise.reference import softmax_aggregate as reference
 from pydenoise.testing import assert_accurate
-from pydenoise.testing.rows import device_of, poisoned_memory, variants
+from pydenoise.testing.rows import device_of, in_dtype, poisoned_memory, skip_unless, variants
 from pydenoise.testing.softmax_aggregate import AGGREGATE_CASES
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "blocks_afa.npz")
@@ -19,17 +19,6 @@ CASES = {case.name: case for case in AGGREGATE_CASES}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VARIANTS = variants(softmax_aggregate.OP)
 BACKWARD = variants(softmax_aggregate.OP_BACKWARD)
-
-
-def skip_unless(variant, args: tuple) -> None:
-    reason = variant.row.unsupported(*args)
-    if reason is not None:
-        pytest.skip(reason)
-
-
-def to(args: tuple, dtype: torch.dtype) -> tuple:
-    """Tensors on the CPU in another dtype."""
-    return tuple(a.cpu().to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
 
 
 def backward_args(case, dtype: torch.dtype, device: str, with_shares: bool = True) -> tuple:
@@ -42,14 +31,14 @@ def backward_args(case, dtype: torch.dtype, device: str, with_shares: bool = Tru
 @cache
 def expected(name: str, dtype: torch.dtype) -> tuple:
     args = CASES[name].args(dtype)
-    return reference.softmax_aggregate(*to(args, torch.float64)), reference.softmax_aggregate(*args)
+    return reference.softmax_aggregate(*in_dtype(args, torch.float64)), reference.softmax_aggregate(*args)
 
 
 @cache
 def expected_backward(name: str, dtype: torch.dtype, with_shares: bool) -> tuple:
     args = backward_args(CASES[name], dtype, "cpu", with_shares)
     return (
-        reference.softmax_aggregate_backward(*to(args, torch.float64)),
+        reference.softmax_aggregate_backward(*in_dtype(args, torch.float64)),
         reference.softmax_aggregate_backward(*args),
     )
 
@@ -59,7 +48,7 @@ def expected_backward(name: str, dtype: torch.dtype, with_shares: bool) -> tuple
 @pytest.mark.parametrize("case", AGGREGATE_CASES, ids=lambda case: case.name)
 def test_forward(case, variant, dtype):
     args = case.args(dtype, device_of(variant.row))
-    skip_unless(variant, args)
+    skip_unless(variant.row, args)
     before = [None if a is None else a.clone() for a in args]
     with variant.active(), poisoned_memory(), torch.no_grad():
         out, shares = variant.row.run(*args)
@@ -82,7 +71,7 @@ def test_forward(case, variant, dtype):
 def test_backward(case, variant, dtype):
     for with_shares in (True, False):
         args = backward_args(case, dtype, device_of(variant.row), with_shares)
-        skip_unless(variant, args)
+        skip_unless(variant.row, args)
         with variant.active(), poisoned_memory(), torch.no_grad():
             got = variant.row.run(*args)
             none, logits = variant.row.run(*args[:-1], False)
@@ -121,7 +110,7 @@ def test_extreme_values(variant):
     logits[0, 2, 0, 3] = torch.nan
     logits[0, 2, 0, 4] = torch.inf
     args = softmax_aggregate.prepare(features.to(device_of(variant.row)), logits.to(device_of(variant.row)))
-    skip_unless(variant, args)
+    skip_unless(variant.row, args)
     with variant.active():
         out, shares = variant.row.run(*args)
     torch.testing.assert_close(shares.cpu(), logits.softmax(1), equal_nan=True)
@@ -177,7 +166,7 @@ def test_golden(variant):
     features, logits, out = (torch.from_numpy(GOLDEN[f"afa_{name}"]) for name in ("feat", "logits", "out"))
     torch.testing.assert_close(PF.softmax_aggregate(features, logits), out, rtol=0, atol=1e-14)
     args = softmax_aggregate.prepare(*(t.float().to(device_of(variant.row)) for t in (features, logits)))
-    skip_unless(variant, args)
+    skip_unless(variant.row, args)
     with variant.active():
         torch.testing.assert_close(variant.row.run(*args)[0].cpu().double(), out, rtol=0, atol=1e-6)
 

@@ -16,11 +16,7 @@ using adaptive_bilateral_filter::DType;
 using adaptive_bilateral_filter::Image;
 using adaptive_bilateral_filter::Params;
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of adaptive_bilateral_filter take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("adaptive_bilateral_filter", dtype); }
 
 Image image_of(const Tensor& tensor) {
     return {tensor.data_ptr(), {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)}};

@@ -18,11 +18,7 @@ using norm_quantize::Panel;
 
 using MaybeTensor = std::optional<Tensor>;
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of norm_quantize take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("norm_quantize", dtype); }
 
 // Codes, and where no scale is given, scale and zero point a row; else empty tensors in their place.
 struct Results {

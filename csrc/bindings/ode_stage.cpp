@@ -17,11 +17,7 @@ using ode_stage::StageParams;
 
 using MaybeTensor = std::optional<Tensor>;
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of ode_stage take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("ode_stage", dtype); }
 
 // `image` itself if its memory is dense with adjacent channels, else a copy of which that is true.
 Tensor dense_rows(const Tensor& image) {

@@ -16,11 +16,7 @@ using quantize::QuantizeParams;
 
 using MaybeTensor = std::optional<Tensor>;
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of quantize take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("quantize", dtype); }
 
 std::vector<int64_t> codes_shape(const Tensor& input, int64_t activation) {
     STD_TORCH_CHECK(input.dim() > 0, "input: expected at least one dimension");

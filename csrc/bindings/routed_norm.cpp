@@ -19,11 +19,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr char kNoMemory[] = "out of memory for the scratch buffers of routed_norm";
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of routed_norm take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("routed_norm", dtype); }
 
 // [B, T, C] like `input`, channels adjacent.
 void check_tokens(const char* name, const Tensor& tensor, const Tensor& input) {

@@ -19,11 +19,7 @@ using MaybeTensor = std::optional<Tensor>;
 
 constexpr char kNoMemory[] = "out of memory for the scratch buffers of softmax_aggregate";
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of softmax_aggregate take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("softmax_aggregate", dtype); }
 
 // Of [B, C, P] or [B, N, C, P], whose pixels or whose channels are adjacent. A single pixel is a row.
 Strides strides_of(const char* name, const Tensor& tensor) {

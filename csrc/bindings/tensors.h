@@ -44,6 +44,14 @@ inline int64_t element_bytes(ScalarType dtype) {
     }
 }
 
+// The dtype as kernels of `op` name it; an error where it is none of theirs.
+template <class DType>
+DType float_dtype(const char* op, ScalarType dtype) {
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+                    "cpu kernels of ", op, " take float32, bfloat16 and float16");
+    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
+}
+
 // An uninitialised CPU tensor. While this thread records a tape, its memory belongs to the tape; else large ones come
 // from the pool of buffers and go back to it.
 inline Tensor empty_strided(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides, ScalarType dtype) {

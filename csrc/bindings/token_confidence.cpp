@@ -17,11 +17,7 @@ using token_confidence::Tokens;
 using MaybeTensor = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
-DType kernel_dtype(ScalarType dtype) {
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of token_confidence take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(ScalarType dtype) { return float_dtype<DType>("token_confidence", dtype); }
 
 void check_matrix(const char* name, const Tensor& tensor) {
     STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(1) > 0, name, ": expected [N, V]");

@@ -19,12 +19,7 @@ using wavelet_gate::View;
 using MaybeTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-DType kernel_dtype(const Tensor& tensor) {
-    const ScalarType dtype = tensor.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
-                    "cpu kernels of wavelet_gate take float32, bfloat16 and float16");
-    return dtype == ScalarType::Float ? DType::float32 : dtype == ScalarType::Half ? DType::float16 : DType::bfloat16;
-}
+DType kernel_dtype(const Tensor& tensor) { return float_dtype<DType>("wavelet_gate", tensor.scalar_type()); }
 
 // Whether results for `input` [B, C, H, W] are in channels_last memory: as pydenoise/ops/wavelet_gate.py decides.
 bool has_adjacent_channels(const Tensor& input) {

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pydenoise.nn._fingerprint import Fingerprint, have_versions, untracked
+from pydenoise.nn._kept_in_eval import KeptInEval
 from pydenoise.ops import dcls_kernel as op
 from pydenoise.ops import weighted_conv
 from pydenoise.ops._arguments import check_choice, int_tuple
@@ -45,7 +46,7 @@ class _Cache(NamedTuple):
         )
 
 
-class DclsConvNd(nn.Module):
+class DclsConvNd(KeptInEval):
     """What the modules share. ``dims`` is the number of spatial axes, ``learned`` how many of them have positions."""
 
     dims: int
@@ -214,20 +215,7 @@ class DclsConvNd(nn.Module):
             packed = weighted_conv.pack(kernel, None, self.stride, (1,) * self.dims, self.groups, algorithm)
         return _Cache(key, fingerprints, kernel, packed)
 
-    # ----------------------------------------------------------------------------------- copies, moves, checkpoints
-
-    def _apply(self, fn, recurse: bool = True):
-        self._cache = None
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True):
-        """Training mode (``mode=False``: evaluation) as in torch.nn; training drops the constructed kernel."""
-        if mode:
-            self._cache = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None}  # for pickle and deepcopy
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

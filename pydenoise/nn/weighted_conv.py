@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from pydenoise import densities
 from pydenoise.nn._fingerprint import Fingerprint, have_versions, untracked
+from pydenoise.nn._kept_in_eval import KeptInEval
 from pydenoise.ops import weighted_conv as op
 from pydenoise.ops._arguments import check_choice, int_tuple
 from pydenoise.reference.weighted_conv import effective_weight
@@ -84,7 +85,7 @@ def _may_cache(input: Tensor, weight: Tensor, density: Tensor | None, bias: Tens
     return on_cpu and input.layout is torch.strided
 
 
-class _WeightedConvNd(_ConvNd):
+class _WeightedConvNd(KeptInEval, _ConvNd):
     """What the three modules share; ``dims`` is the number of spatial axes."""
 
     dims: int
@@ -233,20 +234,7 @@ class _WeightedConvNd(_ConvNd):
             folded = effective_weight(weight.to(dtype), density) if packed is None else None
         return _Cache(key, *fingerprints, packed, folded, op.explicit_padding(padding, kernel, stride, dilation))
 
-    # ----------------------------------------------------------------------------------- copies, moves, checkpoints
-
-    def _apply(self, fn, recurse: bool = True):
-        self._cache = None
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True):
-        """Training mode (``mode=False``: evaluation) as in torch.nn; training drops the packed weight."""
-        if mode:
-            self._cache = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": None}  # for pickle and deepcopy
+    # ------------------------------------------------------------------------------------------------------ checkpoints
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Also takes the keys of the published classes: alfa and Phi, or den."""

@@ -55,6 +55,20 @@ def device_of(row: registry.Backend) -> str:
     return "cuda" if row.name in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
 
 
+def skip_unless(row: registry.Backend, args: tuple) -> None:
+    """Skip the test with the row's own reason, unless it can run on ``args``."""
+    import pytest
+
+    reason = row.unsupported(*args)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def in_dtype(args: tuple, dtype: torch.dtype) -> tuple:
+    """``args`` with their tensors on the CPU in ``dtype``."""
+    return tuple(a.cpu().to(dtype) if isinstance(a, torch.Tensor) else a for a in args)
+
+
 @contextmanager
 def poisoned_memory():
     """Fresh tensors hold NaN, so that an element that a kernel forgets to write shows."""

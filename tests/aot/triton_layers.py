@@ -1,6 +1,6 @@
 """The typical layers on which the Triton kernels are compiled ahead of time, family by family."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -41,8 +41,15 @@ class Family:
     variants: tuple
     problems: Callable[[object, int], tuple[Problem, ...]]
     arguments: Callable[[object, Problem], dict]
-    products: Callable[[object], str | None]
-    rows: Callable[[object], int]
+    products: Callable[[object], str | None] = lambda variant: None
+    rows: Callable[[object], int] = lambda variant: 0
+
+    @classmethod
+    def of(cls, kernels: Iterable[_tiles.Kernel], *rules: Callable) -> "Family":
+        """Of kernels that list their variants; ``rules`` are the other fields in their order."""
+        kernels = tuple(kernels)
+        variants = tuple(variant for kernel in kernels for variant in kernel.variants)
+        return cls({kernel.name: kernel.function for kernel in kernels}, variants, *rules)
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -283,9 +290,8 @@ def _int8_products(variant: _tiles.Variant) -> str | None:
     return "int8" if _KERNELS[variant.kernel].matrix else None
 
 
-INT8 = Family(
-    {name: kernel.function for name, kernel in _KERNELS.items()},
-    tuple(variant for kernel in _KERNELS.values() for variant in kernel.variants),
+INT8 = Family.of(
+    _KERNELS.values(),
     _int8_problems,
     _int8_arguments,
     _int8_products,
@@ -316,14 +322,7 @@ def _token_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
 
 
-TOKENS = Family(
-    {kernel.name: kernel.function for kernel in token_confidence.KERNELS},
-    tuple(variant for kernel in token_confidence.KERNELS for variant in kernel.variants),
-    _token_problems,
-    _token_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+TOKENS = Family.of(token_confidence.KERNELS, _token_problems, _token_arguments)
 
 # --------------------------------------------------------------------------------------------------- bilateral filter
 
@@ -353,14 +352,7 @@ def _bilateral_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
 
 
-BILATERAL = Family(
-    {kernel.name: kernel.function for kernel in adaptive_bilateral_filter.KERNELS},
-    tuple(variant for kernel in adaptive_bilateral_filter.KERNELS for variant in kernel.variants),
-    _bilateral_problems,
-    _bilateral_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+BILATERAL = Family.of(adaptive_bilateral_filter.KERNELS, _bilateral_problems, _bilateral_arguments)
 
 
 # ------------------------------------------------------------------------------------------------------ sampler steps
@@ -398,14 +390,7 @@ def _step_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
 
 
-STEPS = Family(
-    {kernel.name: kernel.function for kernel in sampler_step.KERNELS},
-    tuple(variant for kernel in sampler_step.KERNELS for variant in kernel.variants),
-    _step_problems,
-    _step_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+STEPS = Family.of(sampler_step.KERNELS, _step_problems, _step_arguments)
 
 # --------------------------------------------------------------------------------------------------------- DCLS kernels
 
@@ -433,14 +418,7 @@ def _dcls_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return dcls_kernel.plan_backward(kernel, weight, P, widths, *rest, weight, P, widths).arguments
 
 
-DCLS = Family(
-    {kernel.name: kernel.function for kernel in dcls_kernel.KERNELS},
-    tuple(variant for kernel in dcls_kernel.KERNELS for variant in kernel.variants),
-    _dcls_problems,
-    _dcls_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+DCLS = Family.of(dcls_kernel.KERNELS, _dcls_problems, _dcls_arguments)
 
 # ------------------------------------------------------------------------------------------------ feature aggregation
 
@@ -476,14 +454,7 @@ def _aggregate_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return given.arguments
 
 
-AGGREGATES = Family(
-    {kernel.name: kernel.function for kernel in softmax_aggregate.KERNELS},
-    tuple(variant for kernel in softmax_aggregate.KERNELS for variant in kernel.variants),
-    _aggregate_problems,
-    _aggregate_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+AGGREGATES = Family.of(softmax_aggregate.KERNELS, _aggregate_problems, _aggregate_arguments)
 
 # ------------------------------------------------------------------------------------------------------- wavelet gates
 
@@ -520,14 +491,7 @@ def _wavelet_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return next(launch.arguments for launch in found if launch.kernel.name == variant.kernel)
 
 
-WAVELETS = Family(
-    {name: kernel.function for name, kernel in _WAVELETS.items()},
-    tuple(variant for kernel in _WAVELETS.values() for variant in kernel.variants),
-    _wavelet_problems,
-    _wavelet_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+WAVELETS = Family.of(_WAVELETS.values(), _wavelet_problems, _wavelet_arguments)
 
 # -------------------------------------------------------------------------------------------------------- task routing
 
@@ -562,14 +526,7 @@ def _routed_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return found.arguments
 
 
-ROUTED = Family(
-    {kernel.name: kernel.function for kernel in routed_norm.KERNELS},
-    tuple(variant for kernel in routed_norm.KERNELS for variant in kernel.variants),
-    _routed_problems,
-    _routed_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+ROUTED = Family.of(routed_norm.KERNELS, _routed_problems, _routed_arguments)
 
 # ---------------------------------------------------------------------------------------------------------- ODE stages
 
@@ -610,14 +567,7 @@ def _stage_arguments(variant: _tiles.Variant, problem: Problem) -> dict:
     return next(launch.arguments for launch in (*stage, *gradient) if launch.kernel.name == variant.kernel)
 
 
-STAGES = Family(
-    {kernel.name: kernel.function for kernel in ode_stage.KERNELS},
-    tuple(variant for kernel in ode_stage.KERNELS for variant in kernel.variants),
-    _stage_problems,
-    _stage_arguments,
-    lambda variant: None,
-    lambda variant: 0,
-)
+STAGES = Family.of(ode_stage.KERNELS, _stage_problems, _stage_arguments)
 
 # ----------------------------------------------------------------------------------------------------------- attention
 
@@ -679,9 +629,8 @@ def _attention_products(variant: _tiles.Variant) -> str | None:
     return "int8" if variant.kernel.endswith("_int8") else "float"
 
 
-ATTENTION = Family(
-    {name: kernel.function for name, kernel in _ATTENTION.items()},
-    tuple(variant for kernel in _ATTENTION.values() for variant in kernel.variants),
+ATTENTION = Family.of(
+    _ATTENTION.values(),
     _attention_problems,
     _attention_arguments,
     _attention_products,

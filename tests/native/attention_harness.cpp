@@ -2,8 +2,6 @@
 //   g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno [ISA flags] tests/native/attention_harness.cpp -o harness
 //   ./harness                                              all cases against double precision; exit 1 on a failure
 //   ./harness time QUERIES KEYS HEADS SIZE [DTYPE REPEATS]  best microseconds, one thread
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,6 +14,7 @@
 
 #include "../../csrc/attention/kernel.inl"
 #include "aligned.h"
+#include "clock.h"
 #include "sparse_attention_check.h"
 
 using namespace pdn;
@@ -208,12 +207,6 @@ bool check_rows() {
         }
     std::printf("%-32s %s\n", "rows are independent", right ? "ok " : "BAD");
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 // Vectors of multiply-adds that the processor does in a microsecond.

@@ -3,8 +3,6 @@
 //   harness
 //   ./harness                                              all cases against double precision; exit 1 on a failure
 //   ./harness time TOKENS HEADS SIZE BLOCK [DTYPE REPEATS]  best microseconds of packing and of the rows, one thread
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -16,6 +14,7 @@
 
 #include "../../csrc/block_importance/kernel.inl"
 #include "aligned.h"
+#include "clock.h"
 
 using namespace pdn;
 using namespace pdn::block_importance;
@@ -236,12 +235,6 @@ bool check_nan(DType dtype, bool lse) {
         }
     std::printf("%-44s %s\n", "NaN stays in its block of queries", right ? "ok " : "BAD");
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 // The best time of every part by itself, added up: on a busy machine long runs are always disturbed.

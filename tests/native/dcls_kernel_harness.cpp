@@ -2,8 +2,6 @@
 //   g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno [ISA flags] tests/native/dcls_kernel_harness.cpp
 //   ./a.out                                       all cases against double precision; exit 1 on a failure
 //   ./a.out time PAIRS COMPONENTS SIZE [HATS]     best microseconds of SIZE x SIZE kernels and their gradients
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +11,7 @@
 
 #include "../../csrc/dcls_kernel/kernel.inl"
 #include "aligned.h"
+#include "clock.h"
 
 using namespace pdn;
 using namespace pdn::dcls_kernel;
@@ -158,12 +157,6 @@ bool check(const Case& c) {
     std::printf("%-36s %s  kernel %.1e, gradients of weights %.1e, positions %.1e, widths %.1e\n", c.why,
                 right ? "ok " : "BAD", kernel.relative(), weight.relative(), position.relative(), width.relative());
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 void measure(const Case& c) {

@@ -2,8 +2,6 @@
 // backward, in memory that is exactly as long as it must be.
 //   routed_norm_harness                          checks; exit status 1 if one fails
 //   routed_norm_harness time TOKENS CHANNELS     best microseconds of a sample with mask and update, one thread
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,6 +13,7 @@
 
 #include "../../csrc/routed_norm/backward.inl"
 #include "../../csrc/routed_norm/forward.inl"
+#include "clock.h"
 
 using namespace pdn;
 using namespace pdn::routed_norm;
@@ -168,12 +167,6 @@ bool check(const Case& c) {
     const bool right = worst < 6;
     std::printf("%-24s %s  %.2f roundings\n", c.why, right ? "ok " : "BAD", worst);
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 void measure(const Case& c) {

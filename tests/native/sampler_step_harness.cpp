@@ -4,8 +4,6 @@
 //   ./a.out time ELEMENTS ROW PLACE [THREADS [SETS]]  microseconds of a step and GB/s of what the row counts, the sets
 //                                               of buffers taken in turn; ROW ddim, 2m or noise; PLACE out, in (place),
 //                                               past (in place, past the caches)
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -19,6 +17,7 @@
 
 #include "../../csrc/sampler_step/kernel.inl"
 #include "aligned.h"
+#include "clock.h"
 
 using namespace pdn;
 using namespace pdn::sampler_step;
@@ -321,12 +320,6 @@ bool check_unread() {
     right = right && !run(problem);
     std::printf("%-28s %s\n", c.why, right ? "ok " : "BAD");
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 void measure(int64_t elements, const std::string& kind, const std::string& place, int threads, int sets) {

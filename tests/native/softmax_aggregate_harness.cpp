@@ -2,8 +2,6 @@
 // backward, in memory that is exactly as long as it must be.
 //   softmax_aggregate_harness                              checks; exit status 1 if one fails
 //   softmax_aggregate_harness time MAPS CHANNELS PIXELS [ROWS]   best microseconds of a sample, one thread
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -15,6 +13,7 @@
 
 #include "../../csrc/softmax_aggregate/backward.inl"
 #include "../../csrc/softmax_aggregate/forward.inl"
+#include "clock.h"
 
 using namespace pdn;
 using namespace pdn::softmax_aggregate;
@@ -175,12 +174,6 @@ bool check(const Case& c) {
     const bool right = worst < 4;
     std::printf("%-32s %s  %.2f roundings\n", c.why, right ? "ok " : "BAD", worst);
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 void measure(const Case& c) {

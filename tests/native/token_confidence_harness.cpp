@@ -2,8 +2,6 @@
 //   g++ -std=c++20 -O3 -ffp-contract=fast -fno-math-errno [ISA flags] tests/native/token_confidence_harness.cpp
 //   ./a.out                                             all cases against double precision; exit 1 on a failure
 //   ./a.out time VOCABULARY ROWS [DTYPE TEMPERATURE]    best microseconds of a row, one thread
-#include <time.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -14,6 +12,7 @@
 #include <vector>
 
 #include "../../csrc/token_confidence/kernel.inl"
+#include "clock.h"
 
 using namespace pdn;
 using namespace pdn::token_confidence;
@@ -198,12 +197,6 @@ bool check_no_answer() {
         }
     std::printf("%-32s %s\n", "rows without an answer", right ? "ok " : "BAD");
     return right;
-}
-
-double now() {
-    timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return static_cast<double>(t.tv_sec) * 1e6 + static_cast<double>(t.tv_nsec) * 1e-3;
 }
 
 void measure(const Case& c) {
