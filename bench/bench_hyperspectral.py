@@ -23,17 +23,18 @@ from pydenoise.benchmarks.providers import Setting, Skip
 from pydenoise.testing.hyperspectral import add_noise, low_rank_cube
 
 TILED = """
-import resource, sys, time
+import sys, time
 import numpy as np, torch
 torch.set_num_threads({threads})
 from pydenoise.hyperspectral import WaveletDenoiser, denoise_tiles
+from pydenoise.testing.memory import resident_bytes
 pixels = np.load({source!r}, mmap_mode="r")
 out = np.lib.format.open_memmap({target!r}, mode="w+", dtype=pixels.dtype, shape=pixels.shape)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = resident_bytes("VmHWM") // 1024
 start, cpu = time.perf_counter(), time.process_time()
 denoise_tiles(pixels, rank=4, denoiser=WaveletDenoiser(levels=2, spins=4), tile={tile}, out=out)
 seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-print(seconds, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, before)
+print(seconds, cpu, resident_bytes("VmHWM") // 1024, before)
 """
 
 

@@ -10,15 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pydenoise.benchmarks.providers import Skip
 from pydenoise.ops.registry import BackendUnavailable
+from pydenoise.testing.memory import resident_bytes, unsupported
 
-STATUS = Path("/proc/self/status")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIMEOUT_SECONDS = 1800
 CHILD = "import sys; from pydenoise.benchmarks.attention_memory import main; sys.exit(main())"
@@ -48,19 +47,6 @@ def measure_in_child(case, threads: int, backend: str) -> dict:
         lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
         raise RuntimeError(f"the child process ended with {done.returncode}: {' '.join(lines)}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def resident_bytes(field: str) -> int:
-    """ "VmRSS" (now) or "VmHWM" (the peak so far) of this process."""
-    for line in STATUS.read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{STATUS} has no {field}")
-
-
-def unsupported() -> str | None:
-    """Why memory cannot be measured here, or ``None``."""
-    return None if STATUS.exists() else f"the peak of memory is read from {STATUS}, which this system does not have"
 
 
 def make_call(what: str, length: int, args: argparse.Namespace) -> Callable[[], object]:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from pydenoise import functional as PF
 from pydenoise.benchmarks.attention_inputs import of_ours
-from pydenoise.benchmarks.attention_memory import resident_bytes, unsupported
 from pydenoise.benchmarks.cases import Bar, Case
 from pydenoise.benchmarks.peaks import Peaks
 from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, images
 from pydenoise.reference import adaptive_bilateral_filter as reference
+from pydenoise.testing.memory import resident_bytes, unsupported
 
 OURS = ("ours-bilateral", "ours-bilateral-triton")
 BARS = {False: 25.0, True: 15.0}  # over the naive form: forward, forward and backward

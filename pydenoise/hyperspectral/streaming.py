@@ -38,10 +38,15 @@ def moments_of(
         raise ValueError("pixels: a cube has at least 2 bands, this has 1")
     side = max(16, math.isqrt(WINDOW_VALUES // pixels.shape[2]))
     number = np.float64 if pixels.dtype.itemsize > 4 else np.float32
+    bands = pixels.shape[2]
+    # One buffer for all: memory for windows of many sizes, taken and given back, would fall into pieces and grow.
+    buffer = np.empty(min(side, pixels.shape[0]) * min(side, pixels.shape[1]) * bands, number)
     total = None
     for rows, columns in tile_windows(*pixels.shape[:2], side, 0, 1):
-        window = np.array(pixels[rows.used, columns.used], number)
-        values = torch.from_numpy(window).to(device).flatten(0, 1).T / scale
+        part = pixels[rows.used, columns.used]
+        window = buffer[: part.size].reshape(-1, bands)
+        np.divide(part, scale, out=window.reshape(part.shape), dtype=number, casting="unsafe")
+        values = torch.from_numpy(window).to(device).T
         part = BandMoments.of(anscombe(values) if noise == "poisson" else values)
         total = part if total is None else total + part
         release(pixels)
