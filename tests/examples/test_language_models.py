@@ -1,28 +1,12 @@
 """The examples of masked language models and of attention run, with settings that take seconds."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from pydenoise.models import load_masked_lm
 from pydenoise.models.masked_lm import read_notes
 from pydenoise.models.weights import PACKAGES
-
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 300
-
-
-def run(name, *arguments, returncode=0):
-    """What examples/NAME.py prints."""
-    command = [sys.executable, ROOT / "examples" / f"{name}.py", *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
-    assert done.returncode == returncode, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +17,7 @@ def text_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(text_file):
+def trained(run, text_file):
     """A tiny model that the example trained, and what it printed."""
     target = text_file.parent / "model.safetensors"
     sizes = ["--width", 32, "--layers", 2, "--heads", 2, "--hidden", 32, "--vocabulary", 120]
@@ -51,11 +35,11 @@ def test_training(trained):
     assert notes["arguments"]["steps"] == 6 and set(notes["perplexity_per_token"]) == {"64", "128"}
 
 
-def test_training_says_what_is_wrong(tmp_path):
+def test_training_says_what_is_wrong(run, tmp_path):
     assert "--steps: expected at least 1" in run("train_masked_lm", tmp_path / "m", "--steps", 0, returncode=2)
 
 
-def test_generation(trained, text_file):
+def test_generation(run, trained, text_file):
     target, _ = trained
     lengths = ["--lengths", 96, 160, "--new-tokens", 32, "--steps", 8, "--block-length", 16, "--block-size", 16]
     printed = run(
@@ -69,7 +53,7 @@ def test_generation(trained, text_file):
     assert "full attention:" in printed and "SparseD:" in printed
 
 
-def test_generation_says_what_is_wrong(trained, text_file):
+def test_generation_says_what_is_wrong(run, trained, text_file):
     few = run("sparse_generation", "--steps", 2, returncode=2)
     assert "--steps: with --skip 0.2, all 2 steps would be full" in few
     target, _ = trained
@@ -78,7 +62,7 @@ def test_generation_says_what_is_wrong(trained, text_file):
 
 
 @pytest.mark.skipif(not PACKAGES["minilm"].is_cached(), reason="the published weights are not in the cache")
-def test_recall():
+def test_recall(run):
     printed = run("attention_recall", "--lengths", 128, "--texts", 1, "--block-sizes", 32, "--select", 0.3, 1.0)
     pairs = [tuple(map(float, pair)) for pair in re.findall(r"([\d.]+) / ([\d.]+)", printed)]
     assert len(pairs) == 12
