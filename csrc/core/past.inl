@@ -22,5 +22,12 @@ PDN_INLINE void store_past(float* p, vf v) {
 #endif
 }
 
+// After the last of them: other threads see what was stored only then.
+PDN_INLINE void finish_past() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 }  // namespace
 }  // namespace pdn

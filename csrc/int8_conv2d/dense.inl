@@ -190,7 +190,7 @@ struct DenseRun {
 void dense_run(const ConvParams& p, int64_t begin, int64_t end, void* scratch, uint64_t call) {
     DenseRun run(p, scratch, call);
     for (int64_t item = begin; item < end; ++item) run.item(item);
-    if (run.finisher.task.streamed) end_stream();
+    if (run.finisher.task.streamed) finish_past();
 }
 
 const char* dense_unsupported(const ConvParams&) { return nullptr; }

@@ -4,6 +4,7 @@
 
 #include "../core/epilogue.inl"
 #include "../core/fp16.h"
+#include "../core/past.inl"
 #include "plan.inl"
 
 namespace pdn {
@@ -89,31 +90,11 @@ PDN_INLINE void store_codes(int8_t* to, vi code, int lanes) {
     std::memcpy(to, &narrow, static_cast<size_t>(lanes < kWidth ? lanes : kWidth));
 }
 
-// Past the caches: a line that is written as a whole need not be read first. Aligned.
-PDN_INLINE void stream(float* to, vf y) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(to, (__m512)y);
-#elif defined(__AVX2__)
-    _mm256_stream_ps(to, (__m256)y);
-#elif defined(__SSE2__)
-    _mm_stream_ps(to, (__m128)y);
-#else
-    store(to, y);
-#endif
-}
-
-// Streamed stores are seen by other threads, in order, only after this.
-PDN_INLINE void end_stream() {
-#if defined(__SSE2__)
-    _mm_sfence();
-#endif
-}
-
 PDN_INLINE void store_value(float* to, vf y, int lanes, const FinishTask& t) {
     if (lanes < kWidth)
         store_partial(to, y, lanes);
     else if (t.streamed)
-        stream(to, y);
+        store_past(to, y);
     else
         store(to, y);
 }

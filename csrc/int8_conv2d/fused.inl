@@ -50,7 +50,7 @@ void fused_tile(const TileTask& t, const FinishTask& f) {
 #pragma GCC unroll 14
         for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-            for (int j = 0; j < N; ++j) stream(to + m * f.out_stride + j * kWidth, y[m][j]);
+            for (int j = 0; j < N; ++j) store_past(to + m * f.out_stride + j * kWidth, y[m][j]);
         return;
     }
 #pragma GCC unroll 14

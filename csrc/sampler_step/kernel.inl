@@ -284,9 +284,7 @@ bool chunk_of(const Params& p, int64_t b, int64_t row, int64_t first, int64_t co
     }
     int32_t bad = 0;
     for (int j = 0; j < kWidth; ++j) bad |= found.bad[j];
-#if defined(__SSE2__)
-    if (t.past_caches) _mm_sfence();
-#endif
+    if (t.past_caches) finish_past();
     return bad == 0;
 }
 

@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kChannels = 4;  // whose products are added up before they join a sum
 
 // `Steps` channels from `c` on: their products join `dots`, their gradients are written.
-template <class T, int Steps>
+template <class T, int Steps, bool Past>
 PDN_INLINE void back_planes(const GradParams& p, int64_t batch, int64_t c, int64_t first, int64_t count,
                             const float* shares, float* dots) {
     const T* grad = at<T>(p.grad, p.grad_at, batch, 0, c, first);
@@ -32,23 +32,23 @@ PDN_INLINE void back_planes(const GradParams& p, int64_t batch, int64_t c, int64
                 store(sums + i, load(sums + i) + product[0]);
             if (to == nullptr) return;
             const vf by = load_lanes(share + i, lanes);
-            for (int s = 0; s < Steps; ++s) store_lanes(to + s * p.grad_features_at.channel + i, by * g[s], lanes);
+            for (int s = 0; s < Steps; ++s) put_lanes<Past>(to + s * p.grad_features_at.channel + i, by * g[s], lanes);
         });
     }
 }
 
-template <class T>
+template <class T, bool Past>
 PDN_INLINE void dots_of_planes(const GradParams& p, int64_t batch, int64_t first, int64_t count, const float* shares,
                                float* dots) {
     for (int64_t n = 0; n < p.maps; ++n)
         for (int64_t i = 0; i < count; i += kWidth) store(dots + n * kPlaneTile + i, vf{});
     int64_t c = 0;
     for (; c + kChannels <= p.channels; c += kChannels)
-        back_planes<T, kChannels>(p, batch, c, first, count, shares, dots);
-    for (; c < p.channels; ++c) back_planes<T, 1>(p, batch, c, first, count, shares, dots);
+        back_planes<T, kChannels, Past>(p, batch, c, first, count, shares, dots);
+    for (; c < p.channels; ++c) back_planes<T, 1, Past>(p, batch, c, first, count, shares, dots);
 }
 
-template <class T>
+template <class T, bool Past>
 PDN_INLINE void dots_of_rows(const GradParams& p, int64_t batch, int64_t first, int64_t count, const float* shares,
                              float* dots) {
     for (int64_t i = 0; i < count; ++i) {
@@ -63,12 +63,12 @@ PDN_INLINE void dots_of_rows(const GradParams& p, int64_t batch, int64_t first, 
                 for (int v = 0; v < 2; ++v) {
                     const vf g = load(grad + c + v * kWidth);
                     sum[v] += g * load(from + c + v * kWidth);
-                    if (to != nullptr) store(to + c + v * kWidth, share * g);
+                    if (to != nullptr) put_lanes<Past>(to + c + v * kWidth, share * g, All{});
                 }
             each_vector(p.channels - c, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
                 const vf g = load_lanes(grad + c + j, lanes);
                 sum[0] += g * load_lanes(from + c + j, lanes);
-                if (to != nullptr) store_lanes(to + c + j, share * g, lanes);
+                if (to != nullptr) put_lanes<Past>(to + c + j, share * g, lanes);
             });
             dots[n * kPlaneTile + i] = reduce_add(sum[0] + sum[1]);
         }
@@ -94,13 +94,32 @@ PDN_INLINE void back_softmax(const GradParams& p, int64_t offset, int64_t count,
     });
 }
 
+// Whether every vector of grad_features begins where store_past can write.
+PDN_INLINE bool streams(const GradParams& p) {
+    const Strides& at = p.grad_features_at;
+    const int64_t runs = has_planes(at) ? at.channel : at.pixel;  // apart
+    return p.past_caches && p.grad_features && streams_to(p.grad_features) && runs % kWidth == 0 &&
+           at.map % kWidth == 0 && at.batch % kWidth == 0;
+}
+
+template <class T, bool Past>
+PDN_INLINE void dots_of(const GradParams& p, int64_t batch, int64_t first, int64_t count, const float* shares,
+                        float* dots) {
+    if (has_planes(p.features_at))
+        dots_of_planes<T, Past>(p, batch, first, count, shares, dots);
+    else
+        dots_of_rows<T, Past>(p, batch, first, count, shares, dots);
+}
+
 template <class T>
 void backward_of(const GradParams& p, int64_t batch, int64_t first, int64_t count, float* dots) {
     const int64_t offset = batch * p.maps * p.pixels + first;
-    if (has_planes(p.features_at))
-        dots_of_planes<T>(p, batch, first, count, p.shares + offset, dots);
-    else
-        dots_of_rows<T>(p, batch, first, count, p.shares + offset, dots);
+    if (sizeof(T) == sizeof(float) && streams(p)) {
+        dots_of<T, true>(p, batch, first, count, p.shares + offset, dots);
+        finish_past();
+    } else {
+        dots_of<T, false>(p, batch, first, count, p.shares + offset, dots);
+    }
     back_softmax(p, offset, count, dots);
 }
 

@@ -12,7 +12,8 @@ PDN_FLOAT_LEVELS(KernelSet, kernels, kSets)
 
 namespace {
 
-constexpr int64_t kRangeItems = 65536;  // features below which waking another thread costs more than it saves
+constexpr int64_t kLongStream = 8 << 20;  // bytes of a result that is out of the caches when it is read anyway
+constexpr int64_t kRangeItems = 65536;    // features below which waking another thread costs more than it saves
 
 // `body(batch, first pixel, pixels, scratch)` for every tile.
 template <class P, class Body>
@@ -47,8 +48,9 @@ bool run(Isa isa, const Params& p) {
     });
 }
 
-bool run(Isa isa, const GradParams& p) {
+bool run(Isa isa, GradParams p) {
     const KernelSet& set = kernel_set(isa);
+    p.past_caches = p.batch * p.maps * p.channels * p.pixels * (p.dtype == DType::float32 ? 4 : 2) >= kLongStream;
     return run_tiles(p, [&](int64_t batch, int64_t first, int64_t count, float* scratch) {
         set.backward(p, batch, first, count, scratch);
     });

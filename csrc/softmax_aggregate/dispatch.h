@@ -12,7 +12,7 @@ const KernelSet& kernel_set(Isa isa);
 
 // False if scratch memory is exhausted.
 bool run(Isa isa, const Params& p);
-bool run(Isa isa, const GradParams& p);
+bool run(Isa isa, GradParams p);
 
 }  // namespace softmax_aggregate
 }  // namespace pdn

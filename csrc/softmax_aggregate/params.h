@@ -41,6 +41,7 @@ struct GradParams {
     void* grad_features;  // like features, or null: not wanted
     Strides grad_features_at;
     float* grad_logits;  // [batch, maps, pixels], dense
+    bool past_caches;    // grad_features are too large to stay in the caches
 };
 
 // Pixels that are done at a time: of planes, long enough to read a page's worth of each; of rows, few. A pixel's result

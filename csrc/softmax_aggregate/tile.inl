@@ -3,6 +3,7 @@
 
 #include "../core/epilogue.inl"
 #include "../core/fp16.h"
+#include "../core/past.inl"
 #include "params.h"
 
 namespace pdn {
@@ -30,6 +31,19 @@ PDN_INLINE void store_lanes(T* p, vf v, All) {
 template <class T>
 PDN_INLINE void store_lanes(T* p, vf v, Some some) {
     store_partial(p, v, some.count);
+}
+
+// Whole vectors past the caches, if that is asked for: of float32 only, and `p` is aligned then.
+template <bool Past, class T>
+PDN_INLINE void put_lanes(T* p, vf v, All lanes) {
+    if constexpr (Past && sizeof(T) == sizeof(float))
+        store_past(p, v);
+    else
+        store_lanes(p, v, lanes);
+}
+template <bool Past, class T>
+PDN_INLINE void put_lanes(T* p, vf v, Some lanes) {
+    store_lanes(p, v, lanes);
 }
 
 // `body(at, lanes)` for every vector of `count` elements.

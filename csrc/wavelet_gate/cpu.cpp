@@ -28,6 +28,7 @@ void forward(const Params& p, int64_t item) {
         else
             p.up ? up_planes(p, item, null) : down_planes(p, item, null);
     });
+    if (p.past_caches) finish_past();
 }
 
 template <bool Sums, bool Out, class T>
@@ -47,6 +48,7 @@ void backward(const Params& p, int64_t item) {
         else
             backward_of<true, true>(p, item, null);
     });
+    if (p.past_caches) finish_past();
 }
 
 void pool(const PoolParams& p, int64_t item) {

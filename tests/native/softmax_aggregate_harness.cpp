@@ -1,7 +1,7 @@
 // The kernels of softmax_aggregate against sums in double precision, without torch: every layout and dtype, forward and
 // backward, in memory that is exactly as long as it must be.
 //   softmax_aggregate_harness                              checks; exit status 1 if one fails
-//   softmax_aggregate_harness time MAPS CHANNELS PIXELS [ROWS]   best microseconds of a sample, one thread
+//   softmax_aggregate_harness time MAPS CHANNELS PIXELS [ROWS [PAST]]   best microseconds of a sample, one thread
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -13,6 +13,7 @@
 
 #include "../../csrc/softmax_aggregate/backward.inl"
 #include "../../csrc/softmax_aggregate/forward.inl"
+#include "aligned.h"
 #include "clock.h"
 
 using namespace pdn;
@@ -26,6 +27,7 @@ struct Case {
     int64_t maps, channels, depth, pixels;  // depth 0: the logits are given
     bool rows = false, hidden_rows = false;
     int64_t batch = 2;
+    bool past_caches = false;
 };
 
 const Case kCases[] = {
@@ -40,6 +42,11 @@ const Case kCases[] = {
     {"rows, float16", DType::float16, 2, 7, 5, 3, true, true},
     {"rows, ready logits in rows", DType::float32, 3, 18, 0, 33, true, true},
     {"planes, hidden in rows", DType::float32, 3, 5, 20, 33, false, true},
+    {"planes past the caches", DType::float32, 3, 6, 5, kPlaneTile + 64, false, false, 2, true},
+    {"planes that are not aligned", DType::float32, 3, 5, 5, 41, false, false, 2, true},
+    {"planes past the caches, bfloat16", DType::bfloat16, 3, 5, 5, 64, false, false, 2, true},
+    {"rows past the caches", DType::float32, 3, 48, 5, 37, true, true, 2, true},
+    {"rows that are not aligned", DType::float32, 3, 50, 5, 37, true, true, 2, true},
 };
 
 uint16_t narrowed(float x, DType dtype) { return dtype == DType::bfloat16 ? to_bf16(x) : to_fp16(x).bits; }
@@ -48,7 +55,7 @@ float widened(uint16_t x, DType dtype) { return dtype == DType::bfloat16 ? from_
 // Numbers of a dtype, and the same as floats.
 struct Numbers {
     DType dtype;
-    std::vector<float> floats;
+    Values<float> floats;
     std::vector<uint16_t> halves;
 
     void draw(DType of, int64_t count, unsigned seed) {
@@ -83,7 +90,7 @@ struct Problem {
     Params p{};
     GradParams g{};
     Numbers features, hidden, out, grad, grad_features;
-    std::vector<float> weight, shares, grad_shares, grad_logits, scratch;
+    Values<float> weight, shares, grad_shares, grad_logits, scratch;
 
     explicit Problem(const Case& given) : c(given) {
         const int64_t depth = c.depth ? c.depth : c.maps, count = c.batch * c.maps * c.pixels;
@@ -103,10 +110,14 @@ struct Problem {
         p.features_at = strides_of(c.maps, c.channels, c.pixels, c.rows);
         p.hidden_at = strides_of(1, depth, c.pixels, c.hidden_rows);
         p.out_at = strides_of(1, c.channels, c.pixels, c.rows);
-        g = {c.dtype,         c.batch,           c.maps,        c.channels,
-             c.pixels,        grad.data(),       p.out_at,      grad_shares.data(),
-             features.data(), p.features_at,     shares.data(), grad_features.data(),
-             p.features_at,   grad_logits.data()};
+        g = {c.dtype,         c.batch,
+             c.maps,          c.channels,
+             c.pixels,        grad.data(),
+             p.out_at,        grad_shares.data(),
+             features.data(), p.features_at,
+             shares.data(),   grad_features.data(),
+             p.features_at,   grad_logits.data(),
+             c.past_caches};
     }
 
     template <class Run>
@@ -172,7 +183,7 @@ bool check(const Case& c) {
             }
         }
     const bool right = worst < 4;
-    std::printf("%-32s %s  %.2f roundings\n", c.why, right ? "ok " : "BAD", worst);
+    std::printf("%-34s %s  %.2f roundings\n", c.why, right ? "ok " : "BAD", worst);
     return right;
 }
 
@@ -199,7 +210,7 @@ int main(int argc, char** argv) {
     if (argc > 4 && std::string(argv[1]) == "time") {
         const bool rows = argc > 5 && std::atoi(argv[5]) != 0;
         measure({"time", DType::float32, std::atoll(argv[2]), std::atoll(argv[3]), 128, std::atoll(argv[4]), rows, rows,
-                 1});
+                 1, argc > 6 && std::atoi(argv[6]) != 0});
         return 0;
     }
     bool right = true;
