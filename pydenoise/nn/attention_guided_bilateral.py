@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pydenoise.ops._quantized import check_floats
 from pydenoise.ops.adaptive_bilateral_filter import RADII, adaptive_bilateral_filter
 from pydenoise.reference.adaptive_bilateral_filter import LARGEST_RADIUS, reflected
 
@@ -151,10 +152,10 @@ class AttentionGuidedBilateral(nn.Module):
                 picture's edge, where it is no multiple of them), or of pixels where there are regions.
 
         Raises:
-            TypeError, ValueError: ``x`` has another shape, or a region lies outside it or names no stage.
+            TypeError, ValueError: ``x`` has another shape or no floating-point dtype, or a region lies outside it or
+                names no stage.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        check_floats("x", x)
         if x.dim() != 4 or x.shape[1] != self.channels or 0 in x.shape[2:]:
             raise ValueError(f"x: expected [B, {self.channels}, H, W], got shape {tuple(x.shape)}")
         if type(tile) is not int or tile < 0 or tile % self.patch_size:

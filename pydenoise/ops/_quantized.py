@@ -35,7 +35,7 @@ def check_codes(name: str, value: object, like: Tensor | None = None) -> None:
 
 
 def check_floats(name: str, value: object) -> None:
-    """``value`` is a tensor that can be quantized."""
+    """``value`` is a tensor of a dtype that kernels take, or of float64."""
     check_tensor(name, value)
     if value.dtype not in (*FLOATS, torch.float64):
         raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")

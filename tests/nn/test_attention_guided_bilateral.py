@@ -204,6 +204,7 @@ BAD = {
     "largest: expected": lambda: pdn.AttentionGuidedBilateral(largest=200),
     "radius: expected": lambda: pdn.AttentionGuidedBilateral(radius="image"),
     "x: expected a torch.Tensor": lambda: pdn.AttentionGuidedBilateral()([1]),
+    "x: expected a floating-point": lambda: pdn.AttentionGuidedBilateral()(torch.ones(1, 1, 8, 8, dtype=torch.uint8)),
     r"x: expected \[B, 1, H, W\]": lambda: pdn.AttentionGuidedBilateral()(torch.rand(1, 3, 8, 8)),
     "expected one of them at least": lambda: pdn.SigmaRegion((0, 4), (0, 4)),
     "tile: expected a multiple of 8": lambda: pdn.AttentionGuidedBilateral()(torch.rand(1, 1, 8, 8), tile=12),
