@@ -9,26 +9,26 @@ The floor is the arithmetic of every tap at the machine's measured rate.
 import argparse
 from dataclasses import replace
 
-import pytest
 import torch
 
-from pydenoise.benchmarks.blocks_bilateral import PROVIDERS, BilateralBench, bilateral_cases, measure_peak
+from pydenoise.benchmarks.blocks_bilateral import (
+    BOUNDS,
+    PROVIDERS,
+    BilateralBench,
+    bilateral_cases,
+    expected_results,
+    measure_peak,
+)
 from pydenoise.benchmarks.measure import interleave, paired_ratio
 from pydenoise.benchmarks.peaks import measure_peaks
 from pydenoise.benchmarks.providers import Setting, Skip
+from pydenoise.benchmarks.suites import Suite
+
+SUITE = Suite("bilateral", bilateral_cases, PROVIDERS, expected_results, BOUNDS)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS, ids=lambda provider: provider.name)
-@pytest.mark.parametrize("case", bilateral_cases(False), ids=lambda case: case.key)
-def test_bilateral(benchmark, request, case, provider):
-    if request.config.getoption("--quick"):
-        case = replace(case, size=64)
-    try:
-        contender = provider.prepare(case, Setting(torch.get_num_threads()))
-    except Skip as reason:
-        pytest.skip(str(reason))
-    benchmark.group = case.key
-    benchmark(contender.run)
+def test_bilateral(time_contender, case, provider):
+    time_contender(case, provider)
 
 
 def compare(case: BilateralBench, threads: int, seconds: float, peaks) -> None:

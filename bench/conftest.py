@@ -28,10 +28,10 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    """Give a test that takes ``case`` and ``provider`` those of its module's ``SUITE``, if it names one."""
-    name = getattr(metafunc.module, "SUITE", None)
-    if name is not None and {"case", "provider"} <= set(metafunc.fixturenames):
-        suite = SUITES[name]
+    """Give a test that takes ``case`` and ``provider`` those of its module's ``SUITE``, if it has one."""
+    suite = getattr(metafunc.module, "SUITE", None)
+    if suite is not None and {"case", "provider"} <= set(metafunc.fixturenames):
+        suite = SUITES[suite] if isinstance(suite, str) else suite
         cases = [case for case in suite.cases(metafunc.config.getoption("--quick")) if not case.optional]
         providers = [provider for provider in suite.providers if provider.default]
         metafunc.parametrize("case", cases, ids=[case.key for case in cases])

@@ -3,9 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pydenoise.benchmarks import blocks_bilateral, blocks_continuous, blocks_dcls, blocks_hyperspectral
+from pydenoise.benchmarks import (
+    blocks_aggregate,
+    blocks_bilateral,
+    blocks_continuous,
+    blocks_dcls,
+    blocks_ensemble,
+    blocks_hyperspectral,
+    blocks_routing,
+    blocks_wavelet,
+)
 from pydenoise.benchmarks.cases import Case
-from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip
+from pydenoise.benchmarks.providers import NO_PART, RESULT_BOUNDS, Contender, Provider, Setting, Skip
 
 # (the class of the cases, the cases, who computes them, the float64 reference)
 _KINDS = (
@@ -22,8 +31,26 @@ _KINDS = (
         blocks_hyperspectral.NoiseBench, blocks_hyperspectral.hyperspectral_cases, blocks_hyperspectral.PROVIDERS,
         blocks_hyperspectral.expected_results,
     ),
+    (
+        blocks_wavelet.WaveletBench, blocks_wavelet.wavelet_cases, blocks_wavelet.PROVIDERS,
+        blocks_wavelet.expected_results,
+    ),
+    (
+        blocks_aggregate.AggregateBench, blocks_aggregate.aggregate_cases, blocks_aggregate.PROVIDERS,
+        blocks_aggregate.expected_results,
+    ),
+    (
+        blocks_ensemble.EnsembleBench, blocks_ensemble.ensemble_cases, blocks_ensemble.PROVIDERS,
+        blocks_ensemble.expected_results,
+    ),
+    (
+        blocks_routing.RoutingBench, blocks_routing.routing_cases, blocks_routing.PROVIDERS,
+        blocks_routing.expected_results,
+    ),
 )  # fmt: skip
-BOUNDS = {"fp32": 1e-3}  # of the largest result: HySime's residuals are differences of much larger numbers
+BOUNDS = RESULT_BOUNDS | {
+    "fp32": 1e-3
+}  # of the largest result: HySime's residuals are differences of much larger numbers
 
 
 def blocks_cases(quick: bool = False) -> list[Case]:

@@ -11,7 +11,7 @@ from pydenoise import functional as PF
 from pydenoise.benchmarks.cases import Bar, Case
 from pydenoise.benchmarks.convolution import Expected
 from pydenoise.benchmarks.peaks import Peaks
-from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, cpu_only, images
+from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, contender_of, cpu_only
 
 OURS, NAIVE, SEPARABLE = "dcls", "dcls-naive", "dcls-separable"
 PLAIN, TORCH = "dcls-plain-conv", "dcls-torch-conv"
@@ -136,27 +136,6 @@ def _ours(weight: Tensor, P: Tensor, SIG: Tensor, size: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- contenders
 
 
-def _contender(training: bool, forward: Callable[[], Tensor], leaves: dict[str, Tensor], grad: Tensor) -> Contender:
-    inputs = list(leaves.values())
-
-    def run():
-        if not training:
-            with torch.no_grad():
-                return forward(), ()
-        y = forward()
-        return y, torch.autograd.grad(y, inputs, grad)
-
-    def outputs() -> dict[str, Tensor]:
-        y, grads = run()
-        named = {f"grad {name}": images(g) for name, g in zip(leaves, grads, strict=bool(grads))}
-        return {"output": images(y), **named}
-
-    if training:
-        for leaf in inputs:
-            leaf.requires_grad_(True)
-    return Contender(run, outputs)
-
-
 def _case_of(case: Case, setting: Setting) -> DclsBench:
     if not isinstance(case, DclsBench):
         raise Skip(NO_PART)
@@ -167,7 +146,11 @@ def _case_of(case: Case, setting: Setting) -> DclsBench:
 def _construction(case: DclsBench, construct: Callable[..., Tensor]) -> Contender:
     tensors = parameters(case)
     leaves = {name: tensors[name] for name in ("weight", "P", "SIG")}
-    return _contender(case.training, lambda: construct(*leaves.values(), case.kernel), leaves, tensors["grad"])
+    return contender_of(lambda: construct(*leaves.values(), case.kernel), leaves, _grad(case, tensors))
+
+
+def _grad(case: DclsBench, tensors: dict[str, Tensor]) -> Tensor | None:
+    return tensors["grad"] if case.training else None
 
 
 def _image(tensor: Tensor) -> Tensor:
@@ -183,7 +166,7 @@ def _our_layer(case: DclsBench) -> Contender:
     layer.train(not case.kept)
     x = _image(tensors["input"])
     leaves = {"input": x, **dict(layer.named_parameters())}
-    return _contender(case.training, lambda: layer(x), leaves, _image(tensors["grad"]))
+    return contender_of(lambda: layer(x), leaves, _image(tensors["grad"]) if case.training else None)
 
 
 def _ours_of(case: Case, setting: Setting) -> Contender:
@@ -207,7 +190,7 @@ def _other_construction(construct: Callable[..., Tensor]):
             kernel = construct(leaves["weight"], leaves["P"], leaves["SIG"], case.kernel)
             return F.conv2d(leaves["input"], kernel, leaves["bias"], 1, case.kernel // 2, 1, case.channels)
 
-        return _contender(case.training, forward, leaves, tensors["grad"])
+        return contender_of(forward, leaves, _grad(case, tensors))
 
     return prepare
 
@@ -226,7 +209,7 @@ def _plain(convolution: Callable[..., Tensor]):
         def forward() -> Tensor:
             return convolution(*leaves.values(), case.kernel // 2, case.channels)
 
-        contender = _contender(case.training, forward, leaves, _image(tensors["grad"]))
+        contender = contender_of(forward, leaves, _image(tensors["grad"]) if case.training else None)
         everything = contender.outputs
         contender.outputs = lambda: {k: v for k, v in everything().items() if k != "grad kernel"}
         return contender

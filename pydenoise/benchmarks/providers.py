@@ -1,11 +1,11 @@
 """What a provider is: one way to compute a case, that either prepares a contender or says why it cannot."""
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Largest error over the largest value that passes as "the same result". The float32 bound is the one that Winograd has;
 # the int8 bound only tells a wrong network from a coarse one (the reports show the signal-to-noise ratio beside it).
@@ -89,3 +89,40 @@ def gpu_only(setting: Setting) -> None:
 def images(value: Tensor) -> Tensor:
     """A detached float64 copy on the CPU, for the comparison of results."""
     return value.detach().to("cpu", torch.float64)
+
+
+def contender_of(
+    forward: Callable[[], Tensor], leaves: Mapping[str, Tensor] | None = None, grad: Tensor | None = None
+) -> Contender:
+    """``forward`` without gradients; with ``grad``, that of its result, forward and backward to the ``leaves``.
+
+    The results are called "output" and "grad" with the leaf's name.
+    """
+    inputs = [] if grad is None else [leaf.requires_grad_(True) for leaf in leaves.values()]
+
+    def run() -> tuple[Tensor, Sequence[Tensor]]:
+        if grad is None:
+            with torch.no_grad():
+                return forward(), ()
+        y = forward()
+        return y, torch.autograd.grad(y, inputs, grad)
+
+    def outputs() -> dict[str, Tensor]:
+        y, grads = run()
+        return {"output": images(y)} | {f"grad {k}": images(g) for k, g in zip(leaves or (), grads, strict=bool(grads))}
+
+    return Contender(run, outputs)
+
+
+def expected_of(contender: Contender) -> dict[str, list[tuple[tuple, Tensor]]]:
+    """Its results as those that others are compared with."""
+    return {name: [((), value)] for name, value in contender.outputs().items()}
+
+
+@torch.no_grad()
+def fill_zeros(module: nn.Module) -> nn.Module:
+    """Small random numbers in parameters that begin at zero: else a block's parts would not show in its result."""
+    for parameter in module.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.05)
+    return module

@@ -86,10 +86,12 @@ def select_cases(suite: Suite, options: Options) -> list[Case]:
     return [case for case in chosen if not case.optional] or chosen
 
 
-def run_suite(name: str, options: Options | None = None, progress: Callable[[str], None] = lambda text: None) -> dict:
-    """Run a suite and return the result as plain data (what the JSON file holds)."""
+def run_suite(
+    suite: str | Suite, options: Options | None = None, progress: Callable[[str], None] = lambda text: None
+) -> dict:
+    """Run a suite, or that of a name, and return the result as plain data (what the JSON file holds)."""
     options = options or Options()
-    suite = get_suite(name)
+    suite = get_suite(suite) if isinstance(suite, str) else suite
     cases, providers = select_cases(suite, options), choose(suite.providers, options.providers)
     before = torch.get_num_threads()
     if options.threads is not None:
@@ -112,7 +114,7 @@ def run_suite(name: str, options: Options | None = None, progress: Callable[[str
         _add_floors(case, record, best, {p.name: p.precision for p in providers})
     return {
         "schema": SCHEMA,
-        "suite": name,
+        "suite": suite.name,
         "machine": machine,
         "options": asdict(options),
         "peaks": best.to_dict() | {"before": peaks.to_dict(), "after": after.to_dict()},
