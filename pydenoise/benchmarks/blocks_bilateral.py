@@ -165,11 +165,6 @@ def expected_results(case: Case, setting: Setting) -> dict:
     return results
 
 
-def bilateral_rows() -> dict:
-    """What a suite takes in: cases, providers, the reference, and the bounds of errors."""
-    return {"cases": bilateral_cases, "providers": PROVIDERS, "expected": expected_results, "bounds": BOUNDS}
-
-
 # -------------------------------------------------------------------------------------------------- peaks of memory
 
 _CHILD = "import sys; from pydenoise.benchmarks.blocks_bilateral import print_peak; print_peak(*sys.argv[1:])"

@@ -1,7 +1,4 @@
-"""Dynamic blocks of continuous U-Nets: fused stages against the same block in plain torch.
-
-``suite_rows()`` gives the cases, providers and float64 reference of a suite.
-"""
+"""Dynamic blocks of continuous U-Nets: fused stages against the same block in plain torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,8 +185,3 @@ def expected_results(case: DynamicBlockBench, setting: Setting) -> dict:
     module = PlainDynamicBlock(build_block(case, torch.float64))
     found = _results(module, block_input(case, torch.float64), case.training)
     return {name: [((Ellipsis,), value)] for name, value in found.items()}
-
-
-def suite_rows() -> tuple:
-    """(cases, providers, expected results, bounds): what a suite is made of."""
-    return cases, PROVIDERS, expected_results, BOUNDS

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
@@ -73,9 +73,10 @@ def get_suite(name: str) -> Suite:
 def select_cases(suite: Suite, options: Options) -> list[Case]:
     """The cases of ``suite`` that the options ask for; raises ``ValueError`` if there is none.
 
-    Optional ones take part where a pattern matches nothing else: "forward bf16" does not mean 64k tokens.
+    Optional ones take part where a pattern matches nothing else: "forward bf16" does not mean 64k tokens. Quick ones
+    have no bars: these are meant for the full sizes.
     """
-    every = suite.cases(options.quick)
+    every = [replace(case, bars=()) for case in suite.cases(True)] if options.quick else suite.cases(False)
     pattern = options.cases
     if pattern is None:
         return [case for case in every if not case.optional]
