@@ -94,14 +94,6 @@ PDN_INLINE void back_softmax(const GradParams& p, int64_t offset, int64_t count,
     });
 }
 
-// Whether every vector of grad_features begins where store_past can write.
-PDN_INLINE bool streams(const GradParams& p) {
-    const Strides& at = p.grad_features_at;
-    const int64_t runs = has_planes(at) ? at.channel : at.pixel;  // apart
-    return p.past_caches && p.grad_features && streams_to(p.grad_features) && runs % kWidth == 0 &&
-           at.map % kWidth == 0 && at.batch % kWidth == 0;
-}
-
 template <class T, bool Past>
 PDN_INLINE void dots_of(const GradParams& p, int64_t batch, int64_t first, int64_t count, const float* shares,
                         float* dots) {
@@ -114,8 +106,8 @@ PDN_INLINE void dots_of(const GradParams& p, int64_t batch, int64_t first, int64
 template <class T>
 void backward_of(const GradParams& p, int64_t batch, int64_t first, int64_t count, float* dots) {
     const int64_t offset = batch * p.maps * p.pixels + first;
-    if (sizeof(T) == sizeof(float) && streams(p)) {
-        dots_of<T, true>(p, batch, first, count, p.shares + offset, dots);
+    if (p.past_caches && all_stream<T>(p.grad_features, p.grad_features_at)) {
+        dots_of<T, sizeof(T) == sizeof(float)>(p, batch, first, count, p.shares + offset, dots);
         finish_past();
     } else {
         dots_of<T, false>(p, batch, first, count, p.shares + offset, dots);

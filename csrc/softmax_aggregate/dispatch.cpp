@@ -37,12 +37,19 @@ bool run_tiles(const P& p, const Body& body) {
     return enough;
 }
 
+// Whether a result of so many elements is.
+template <class P>
+bool is_long(const P& p, int64_t elements) {
+    return elements * (p.dtype == DType::float32 ? 4 : 2) >= kLongStream;
+}
+
 }  // namespace
 
 const KernelSet& kernel_set(Isa isa) { return *kSets[static_cast<int>(isa)]; }
 
-bool run(Isa isa, const Params& p) {
+bool run(Isa isa, Params p) {
     const KernelSet& set = kernel_set(isa);
+    p.past_caches = is_long(p, p.batch * p.channels * p.pixels);
     return run_tiles(p, [&](int64_t batch, int64_t first, int64_t count, float* scratch) {
         set.forward(p, batch, first, count, scratch);
     });
@@ -50,7 +57,7 @@ bool run(Isa isa, const Params& p) {
 
 bool run(Isa isa, GradParams p) {
     const KernelSet& set = kernel_set(isa);
-    p.past_caches = p.batch * p.maps * p.channels * p.pixels * (p.dtype == DType::float32 ? 4 : 2) >= kLongStream;
+    p.past_caches = is_long(p, p.batch * p.maps * p.channels * p.pixels);
     return run_tiles(p, [&](int64_t batch, int64_t first, int64_t count, float* scratch) {
         set.backward(p, batch, first, count, scratch);
     });

@@ -11,7 +11,7 @@ namespace softmax_aggregate {
 const KernelSet& kernel_set(Isa isa);
 
 // False if scratch memory is exhausted.
-bool run(Isa isa, const Params& p);
+bool run(Isa isa, Params p);
 bool run(Isa isa, GradParams p);
 
 }  // namespace softmax_aggregate

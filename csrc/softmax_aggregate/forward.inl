@@ -93,7 +93,7 @@ PDN_INLINE void softmax(int64_t maps, int64_t pixels, int64_t count, float* logi
 }
 
 // `Maps` is their number where it is small, else 0.
-template <class T, int Maps>
+template <class T, int Maps, bool Past>
 PDN_INLINE void sum_planes(const Params& p, int64_t batch, int64_t first, int64_t count, const float* shares) {
     const int64_t maps = Maps ? Maps : p.maps;
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -103,12 +103,12 @@ PDN_INLINE void sum_planes(const Params& p, int64_t batch, int64_t first, int64_
             vf sum = load(shares + i) * load_lanes(from + i, lanes);
             for (int64_t n = 1; n < maps; ++n)
                 sum += load(shares + n * kPlaneTile + i) * load_lanes(from + n * p.features_at.map + i, lanes);
-            store_lanes(to + i, sum, lanes);
+            put_lanes<Past>(to + i, sum, lanes);
         });
     }
 }
 
-template <class T, int Maps>
+template <class T, int Maps, bool Past>
 PDN_INLINE void sum_rows(const Params& p, int64_t batch, int64_t first, int64_t count, const float* shares) {
     const int64_t maps = Maps ? Maps : p.maps;
     for (int64_t i = 0; i < count; ++i) {
@@ -118,17 +118,31 @@ PDN_INLINE void sum_rows(const Params& p, int64_t batch, int64_t first, int64_t 
             vf sum = shares[i] * load_lanes(from + c, lanes);
             for (int64_t n = 1; n < maps; ++n)
                 sum += shares[n * kPlaneTile + i] * load_lanes(from + n * p.features_at.map + c, lanes);
-            store_lanes(to + c, sum, lanes);
+            put_lanes<Past>(to + c, sum, lanes);
         });
     }
 }
 
-template <class T, int Maps>
+template <class T, int Maps, bool Past>
 PDN_INLINE void sum_maps(const Params& p, int64_t batch, int64_t first, int64_t count, const float* shares) {
     if (has_planes(p.features_at))
-        sum_planes<T, Maps>(p, batch, first, count, shares);
+        sum_planes<T, Maps, Past>(p, batch, first, count, shares);
     else
-        sum_rows<T, Maps>(p, batch, first, count, shares);
+        sum_rows<T, Maps, Past>(p, batch, first, count, shares);
+}
+
+template <class T, bool Past>
+PDN_INLINE void sum_all(const Params& p, int64_t batch, int64_t first, int64_t count, const float* shares) {
+    switch (p.maps) {
+        case 2:
+            return sum_maps<T, 2, Past>(p, batch, first, count, shares);
+        case 3:
+            return sum_maps<T, 3, Past>(p, batch, first, count, shares);
+        case 4:
+            return sum_maps<T, 4, Past>(p, batch, first, count, shares);
+        default:
+            return sum_maps<T, 0, Past>(p, batch, first, count, shares);
+    }
 }
 
 template <class T>
@@ -140,15 +154,11 @@ void forward_of(const Params& p, int64_t batch, int64_t first, int64_t count, fl
     else
         logits_of_rows<T>(p, batch, first, count, scratch);
     softmax(p.maps, p.pixels, count, scratch, p.shares + batch * p.maps * p.pixels + first);
-    switch (p.maps) {
-        case 2:
-            return sum_maps<T, 2>(p, batch, first, count, scratch);
-        case 3:
-            return sum_maps<T, 3>(p, batch, first, count, scratch);
-        case 4:
-            return sum_maps<T, 4>(p, batch, first, count, scratch);
-        default:
-            return sum_maps<T, 0>(p, batch, first, count, scratch);
+    if (p.past_caches && all_stream<T>(p.out, p.out_at)) {
+        sum_all<T, sizeof(T) == sizeof(float)>(p, batch, first, count, scratch);
+        finish_past();
+    } else {
+        sum_all<T, false>(p, batch, first, count, scratch);
     }
 }
 

@@ -26,7 +26,8 @@ struct Params {
     const float* weight;  // [maps, depth], dense; or null: hidden are the logits
     void* out;            // [batch, channels, pixels], laid out as features
     Strides out_at;
-    float* shares;  // [batch, maps, pixels], dense: the softmax
+    float* shares;     // [batch, maps, pixels], dense: the softmax
+    bool past_caches;  // out is too large to stay in the caches
 };
 
 struct GradParams {

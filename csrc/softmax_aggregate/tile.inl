@@ -46,6 +46,14 @@ PDN_INLINE void put_lanes(T* p, vf v, Some lanes) {
     store_lanes(p, v, lanes);
 }
 
+// Whether put_lanes may write past the caches to results at `at`: every vector of them is aligned.
+template <class T>
+PDN_INLINE bool all_stream(const void* results, const Strides& at) {
+    const int64_t runs = has_planes(at) ? at.channel : at.pixel;  // apart
+    return sizeof(T) == sizeof(float) && results && streams_to(results) && runs % kWidth == 0 && at.map % kWidth == 0 &&
+           at.batch % kWidth == 0;
+}
+
 // `body(at, lanes)` for every vector of `count` elements.
 template <class Body>
 PDN_INLINE void each_vector(int64_t count, Body body) {

@@ -104,8 +104,8 @@ struct Problem {
         random.draw(DType::float32, count, 7), grad_shares = random.floats;
         shares.assign(static_cast<size_t>(count), NAN), grad_logits = shares;
         scratch.assign(static_cast<size_t>(scratch_floats(c.maps)), NAN);
-        p = {c.dtype, c.batch,       c.maps, c.channels, c.pixels,   depth, features.data(),
-             {},      hidden.data(), {},     nullptr,    out.data(), {},    shares.data()};
+        p = {c.dtype,       c.batch, c.maps,  c.channels, c.pixels, depth,         features.data(), {},
+             hidden.data(), {},      nullptr, out.data(), {},       shares.data(), c.past_caches};
         if (c.depth) p.weight = weight.data();
         p.features_at = strides_of(c.maps, c.channels, c.pixels, c.rows);
         p.hidden_at = strides_of(1, depth, c.pixels, c.hidden_rows);
