@@ -22,6 +22,7 @@ from pydenoise.models.digits_quality import class_agreement, real_digits
 
 SAMPLING_STEPS = 20
 GUIDANCE = 2.0
+SCHEDULE = pdn.samplers.NoiseSchedule.linear()
 
 
 @register_flop_formula(torch.ops.pydenoise.weighted_conv)
@@ -34,6 +35,26 @@ def convolution_flops(input_shape, weight_shape, *args, out_shape=None, **kwargs
     for size in weight_shape:
         taps *= size
     return 2 * positions * taps
+
+
+class FromVelocity(nn.Module):
+    """The noise, of a ``network`` that predicts the velocity: ``alpha_t velocity + sigma_t x``.
+
+    The norms of a continuous U-Net take the mean out of every channel of every image. So much of the noise is in the
+    mean of an image of 8 x 8 that it has to come from ``x`` itself.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network, self.null_class = network, network.null_class
+        kept = SCHEDULE.alphas_cumprod.float()
+        self.register_buffer("alphas", kept.sqrt())
+        self.register_buffer("sigmas", (1 - kept).sqrt())
+
+    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+        at = timesteps.round().long().expand(len(x))
+        alpha, sigma = (table[at][:, None, None, None] for table in (self.alphas, self.sigmas))
+        return alpha * self.network(x, timesteps, labels) + sigma * x
 
 
 class Row:
@@ -75,7 +96,7 @@ HEADER = (
 def sample(model: nn.Module, classes: Tensor, seed: int) -> Tensor:
     """One image [1, 8, 8] of each of the classes [N]."""
     sampler = pdn.samplers.Sampler(
-        model, pdn.samplers.NoiseSchedule.linear(), pdn.samplers.DPMSolverPP(order=2), num_steps=SAMPLING_STEPS,
+        model, SCHEDULE, pdn.samplers.DPMSolverPP(order=2), num_steps=SAMPLING_STEPS,
         guidance_scale=GUIDANCE,
     )  # fmt: skip
     return sampler.sample(
@@ -101,10 +122,12 @@ def main() -> None:
     if args.winograd:
         torch.set_float32_matmul_precision("high")
     images, labels = real_digits()
-    options = {"in_channels": 1, "n_features": args.n_features, "levels": 2, "classes": 10, "attention_residual": True}
+    # "add" puts time and class in front of norms that take most of them out again: the classes are not learned.
+    options = {"in_channels": 1, "n_features": args.n_features, "levels": 2, "classes": 10, "time_embedding": "film"}
 
     def continuous(**more: object) -> nn.Module:
-        return pdn.nn.ContinuousUNet(**options, method=args.method, n_steps=args.n_steps, **more)
+        more |= {"method": args.method, "n_steps": args.n_steps, "attention_residual": True}
+        return pdn.nn.ContinuousUNet(**options, **more)
 
     networks = {
         "plain U-Net": DigitsUNet,
@@ -114,7 +137,7 @@ def main() -> None:
     rows = []
     for name, build in networks.items():
         torch.manual_seed(args.seed)
-        rows.append(Row(name, build(), args).run(images, labels))
+        rows.append(Row(name, FromVelocity(build()), args).run(images, labels))
     print(f"{args.steps} steps of {args.batch} digits; {args.samples * 10} samples, {SAMPLING_STEPS} steps each")
     print(HEADER)
     for row in rows:
