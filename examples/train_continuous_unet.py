@@ -2,9 +2,9 @@
 
 Run: python examples/train_continuous_unet.py [--steps 400]
 
-Both are told time and class, and are trained alike, by examples/train_digits.py. Printed are the parameters, the
-operations of a call, the time of a training step and of a call, and how many sampled digits look like their class
-(scikit-learn's digits, 5 nearest neighbours).
+Both are told time and class, predict the velocity, and are trained alike, by examples/train_digits.py. Printed are the
+parameters, the operations of a call, the time of a training step and of a call, and how many sampled digits look like
+their class (scikit-learn's digits, 5 nearest neighbours).
 """
 
 import argparse
