@@ -232,11 +232,23 @@ def _print_troubles(result: dict, console: Console) -> None:
             console.print(Text(f"{status}: {name} ({where}): {reason}", style=style))
 
 
+_NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]+?)\s+\]")  # a list of samples is one line
+
+
 def write_json(result: dict, folder: Path) -> Path:
-    """Write ``result`` to ``folder`` under the suite's name and the date; returns the path."""
+    """Write ``result`` to ``folder`` under the suite's name and the date; returns the path.
+
+    Providers that have no part in a case are left out of it.
+    """
     path = folder / f"{_stem(result)}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
+    cases = [record | {"providers": _with_part(record["providers"])} for record in result["cases"]]
+    text = json.dumps(result | {"cases": cases}, indent=1, ensure_ascii=False, default=str)
+    path.write_text(_NUMBERS.sub(lambda numbers: re.sub(r"\s+", " ", numbers[1]).join("[]"), text) + "\n")
     return path
+
+
+def _with_part(providers: dict) -> dict:
+    return {name: state for name, state in providers.items() if state.get("reason") != NO_PART}
 
 
 def _stem(result: dict) -> str:

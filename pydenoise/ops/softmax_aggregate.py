@@ -181,10 +181,15 @@ def _through_weight(grad_logits: Tensor, hidden: Tensor, weight: Tensor | None, 
         return grad_logits.to(hidden.dtype) if wants_hidden else None, None
     grad_hidden = grad_weight = None
     flat = grad_logits.flatten(2)
-    if wants_hidden:
-        grad_hidden = (weight.to(flat.dtype).t() @ flat).unflatten(2, hidden.shape[2:]).to(hidden.dtype)
+    if wants_hidden:  # laid out as hidden is; batched products, as torch copies what it folds into a single one
+        wide = weight.to(flat.dtype).expand(len(flat), *weight.shape)
+        if has_adjacent_channels(hidden):
+            product = torch.bmm(flat.transpose(1, 2), wide).transpose(1, 2)
+        else:
+            product = torch.bmm(wide.transpose(1, 2), flat)
+        grad_hidden = product.unflatten(2, hidden.shape[2:]).to(hidden.dtype)
     if wants_weight:
-        grad_weight = (flat @ hidden.to(flat.dtype).flatten(2).transpose(1, 2)).sum(0).to(weight.dtype)
+        grad_weight = torch.bmm(flat, hidden.to(flat.dtype).flatten(2).transpose(1, 2)).sum(0).to(weight.dtype)
     return grad_hidden, grad_weight
 
 
