@@ -283,8 +283,9 @@ def _backward(ctx, grad, grad_point, grad_moments):
     lists = [None if values else [] for values in (ctx.weights, ctx.position_weights)]
     if dpoint is None:
         return None, [None] * ctx.slopes, *lists, *(None,) * 8
+    # As results are: sums of gradients in two memory formats, which torch makes of what follows, take a multiple.
     dstate, dslopes = reference.combination_backward(
-        dpoint, ctx.weights, ctx.position_weights, ctx.drift, ctx.second, need[0], need_slopes
+        channels_last(dpoint), ctx.weights, ctx.position_weights, ctx.drift, ctx.second, need[0], need_slopes
     )
     return dstate, list(dslopes), *lists, None, None, dfilm, None, None, None, None, None
 
