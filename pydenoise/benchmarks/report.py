@@ -232,9 +232,6 @@ def _print_troubles(result: dict, console: Console) -> None:
             console.print(Text(f"{status}: {name} ({where}): {reason}", style=style))
 
 
-_NUMBERS = re.compile(r"\[\s+([-+.,\deE\s]+?)\s+\]")  # a list of samples is one line
-
-
 def write_json(result: dict, folder: Path) -> Path:
     """Write ``result`` to ``folder`` under the suite's name and the date; returns the path.
 
@@ -242,9 +239,23 @@ def write_json(result: dict, folder: Path) -> Path:
     """
     path = folder / f"{_stem(result)}.json"
     cases = [record | {"providers": _with_part(record["providers"])} for record in result["cases"]]
-    text = json.dumps(result | {"cases": cases}, indent=1, ensure_ascii=False, default=str)
-    path.write_text(_NUMBERS.sub(lambda numbers: re.sub(r"\s+", " ", numbers[1]).join("[]"), text) + "\n")
+    path.write_text(_json_text(result | {"cases": cases}) + "\n")
     return path
+
+
+def _json_text(value: object, indent: int = 0) -> str:
+    """JSON, one value a line: what fits into a line of 160 characters, and a list of numbers of any length."""
+    flat = json.dumps(value, ensure_ascii=False, default=str)
+    plain = isinstance(value, (list, tuple)) and all(isinstance(item, (int, float)) for item in value)
+    if plain or not isinstance(value, (dict, list, tuple)) or len(flat) + indent <= 160:
+        return flat
+    inside = "\n" + " " * (indent + 1)
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(str(key), ensure_ascii=False)}: {_json_text(v, indent + 1)}" for key, v in value.items()]
+    else:
+        parts = [_json_text(item, indent + 1) for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return opening + inside + ("," + inside).join(parts) + "\n" + " " * indent + closing
 
 
 def _with_part(providers: dict) -> dict:
