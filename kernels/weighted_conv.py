@@ -436,14 +436,14 @@ def depthwise_kernel(
                                              from_d, from_h, from_w, x_d, x_h, x_w, w_tap, in_d, in_h, in_w,
                                              hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w,
                                              HAS_DENSITY, DIMS)  # fmt: skip
-                else:  # eight taps at a time: their loads overlap, and the code of a 31x31 kernel stays short
-                    for first in range(0, TAPS_W - TAPS_W % 8, 8):
-                        for i_w in tl.static_range(8):
+                else:  # four at a time: their loads overlap, and a 31x31 kernel takes half the registers of eight
+                    for first in range(0, TAPS_W - TAPS_W % 4, 4):
+                        for i_w in tl.static_range(4):
                             acc = _depthwise_tap(acc, x_rows, w_columns, density, j_d, j_h, first + i_w, rows_ok, c_ok,
                                                  from_d, from_h, from_w, x_d, x_h, x_w, w_tap, in_d, in_h, in_w,
                                                  hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w,
                                                  HAS_DENSITY, DIMS)  # fmt: skip
-                    for j_w in tl.static_range(TAPS_W - TAPS_W % 8, TAPS_W):
+                    for j_w in tl.static_range(TAPS_W - TAPS_W % 4, TAPS_W):
                         acc = _depthwise_tap(acc, x_rows, w_columns, density, j_d, j_h, j_w, rows_ok, c_ok,
                                              from_d, from_h, from_w, x_d, x_h, x_w, w_tap, in_d, in_h, in_w,
                                              hop_d, hop_h, hop_w, tap, tap_d, tap_h, tap_w,
