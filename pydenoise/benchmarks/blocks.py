@@ -48,9 +48,8 @@ _KINDS = (
         blocks_routing.expected_results,
     ),
 )  # fmt: skip
-BOUNDS = RESULT_BOUNDS | {
-    "fp32": 1e-3
-}  # of the largest result: HySime's residuals are differences of much larger numbers
+# Of the largest result: HySime's residuals are differences of much larger numbers.
+BOUNDS = RESULT_BOUNDS | {"fp32": 1e-3}
 
 
 def blocks_cases(quick: bool = False) -> list[Case]:

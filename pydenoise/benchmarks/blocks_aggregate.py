@@ -11,7 +11,7 @@ from pydenoise import functional as PF
 from pydenoise.benchmarks.cases import Bar, Case
 from pydenoise.benchmarks.convolution import Expected
 from pydenoise.benchmarks.peaks import Peaks
-from pydenoise.benchmarks.providers import NO_PART, Contender, Provider, Setting, Skip, contender_of, expected_of
+from pydenoise.benchmarks.providers import Contender, Provider, Setting, contender_of, expected_of
 from pydenoise.reference import softmax_aggregate as reference
 
 OURS, NAIVE = "ours-aggregate", "naive-aggregate"
@@ -91,9 +91,7 @@ def einsum_aggregate(features: Tensor, hidden: Tensor, weight: Tensor) -> Tensor
 
 
 def _of(function: Callable[..., Tensor]):
-    def prepare(case: Case, setting: Setting) -> Contender:
-        if not isinstance(case, AggregateBench):
-            raise Skip(NO_PART)
+    def prepare(case: AggregateBench, setting: Setting) -> Contender:
         leaves, grad = case.draw(setting.device)
         return contender_of(lambda: function(*leaves.values()), leaves, grad)
 

@@ -7,17 +7,7 @@ from torch import Tensor, nn
 
 from pydenoise.benchmarks.cases import Case
 from pydenoise.benchmarks.convolution import Expected
-from pydenoise.benchmarks.providers import (
-    NO_PART,
-    Contender,
-    Provider,
-    Setting,
-    Skip,
-    contender_of,
-    expected_of,
-    fill_zeros,
-    require,
-)
+from pydenoise.benchmarks.providers import Contender, Provider, Setting, contender_of, expected_of, fill_zeros, require
 from pydenoise.benchmarks.workloads import FirstOutput
 from pydenoise.models.digits import DigitsUNet
 from pydenoise.nn import Ensemble
@@ -73,9 +63,7 @@ def ensemble_cases(quick: bool = False) -> list[EnsembleBench]:
 
 
 def _ensemble(method: str):
-    def prepare(case: Case, setting: Setting) -> Contender:
-        if not isinstance(case, EnsembleBench):
-            raise Skip(NO_PART)
+    def prepare(case: EnsembleBench, setting: Setting) -> Contender:
         x, t = case.draw(setting.device)
         ensemble = Ensemble(case.models(), aggregate="none", method=method).to(setting.device)
         return contender_of(lambda: ensemble(x, t))
@@ -83,10 +71,8 @@ def _ensemble(method: str):
     return prepare
 
 
-def _calls(case: Case, setting: Setting, dtype: torch.dtype = torch.float32) -> Contender:
+def _calls(case: EnsembleBench, setting: Setting, dtype: torch.dtype = torch.float32) -> Contender:
     """The networks as they are, one after the other."""
-    if not isinstance(case, EnsembleBench):
-        raise Skip(NO_PART)
     x, t = case.draw(setting.device)
     x, models = x.to(dtype), [FirstOutput(model).to(setting.device, dtype) for model in case.models()]
     return contender_of(lambda: torch.stack([model(x, t) for model in models], 1))

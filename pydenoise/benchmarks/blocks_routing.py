@@ -196,9 +196,7 @@ def _eager_block(
 def _of(parts: Callable[..., Contender], block: Callable[..., Contender]):
     """Prepares parts or a block, as the case is."""
 
-    def prepare(case: Case, setting: Setting) -> Contender:
-        if not isinstance(case, RoutingBench):
-            raise Skip(NO_PART)
+    def prepare(case: RoutingBench, setting: Setting) -> Contender:
         return (parts if case.heads is None else block)(case, setting)
 
     return prepare

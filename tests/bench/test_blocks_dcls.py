@@ -1,24 +1,16 @@
 """The cases of DCLS: every provider gives the reference's results on tiny stand-ins. No time is asserted."""
 
 import pytest
-import torch
 
 from pydenoise.benchmarks import blocks_dcls
 from pydenoise.benchmarks.peaks import Peaks
 from pydenoise.benchmarks.providers import RESULT_BOUNDS, Setting, Skip
 from pydenoise.benchmarks.suites import check_results
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PEAKS = Peaks(100e9, 200e9, {1 << 20: 80e9}, vnni_dot=400e9)
 QUICK = {case.key: case for case in blocks_dcls.dcls_cases(True)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other take seconds where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("provider", blocks_dcls.PROVIDERS, ids=lambda provider: provider.name)

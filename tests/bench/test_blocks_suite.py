@@ -7,6 +7,8 @@ from pydenoise.benchmarks import blocks_aggregate, blocks_ensemble, blocks_routi
 from pydenoise.benchmarks.peaks import Peaks
 from pydenoise.benchmarks.providers import NO_PART, RESULT_BOUNDS, Setting, Skip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PEAKS = Peaks(100e9, 200e9, {1 << 20: 80e9, 1 << 28: 10e9}, vnni_dot=400e9)
 SUITE = suites.SUITES["blocks"]
 QUICK = {case.key: case for case in SUITE.cases(True)}
@@ -17,15 +19,6 @@ KINDS = {  # module, cases, bounds
     "routing": (blocks_routing, blocks_routing.routing_cases, blocks_routing.BOUNDS),
 }
 UNCHECKED = {"copy-wavelet", "copy-wavelet-bf16", "restricted-routing"}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other take seconds where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("key", QUICK)

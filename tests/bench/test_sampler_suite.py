@@ -12,19 +12,12 @@ from pydenoise.benchmarks.peaks import Peaks
 from pydenoise.benchmarks.providers import Contender, Provider, Setting, Skip, choose
 from pydenoise.benchmarks.sampler_cases import LoopBench, NoiseBench, StepBench
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PEAKS = Peaks(100e9, 200e9, {1 << 20: 80e9, 1 << 28: 10e9}, vnni_dot=400e9)
 OPTIONS = suites.Options(repeats=2)
 SHAPE = (2, 2, 8, 8)
 QUICK = {case.key: case for case in sampler_cases.sampler_cases(True)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads that wait for each other take seconds where other work shares the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_one(case, *names: str, providers=sampler.PROVIDERS) -> dict:
